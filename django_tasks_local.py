@@ -516,7 +516,7 @@ def _reset_process() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for connection in connections.all(initialized_only=True):
+    for connection in connections.all(initialized_only=True) if settings.configured else ():
         _inherited.append(connection)
         del connections[connection.alias]
 
