@@ -8,23 +8,23 @@ All of this lives in the web process, but for the child::
 
     enqueue() -> _Record -> _Pool.ready    heap of (-priority, sequence, id) -> _Worker thread
                     |       _Pool.deferred heap of (due time, ...)               |    ^ pipes
-                 _Store     active, running, finished <-- begin(), finish() -----+    v
-                    +-> get_result(): a snapshot                                  _Child process
+                    +-> _Pool.active -> .finished <----- change(), settle() -----+    v
+                        get_result(): a snapshot                                  _Child process
 
-1. ``enqueue`` validates, stores a record under its alias, sends ``task_enqueued`` and queues the
-   record. The pool wakes an idle worker or starts one, up to ``MAX_WORKERS``, one at a time.
-2. A ``ThreadPoolBackend`` worker runs the task itself. A ``ProcessPoolBackend`` worker owns one
-   child process, sends it the task and waits for the answer: queue, results, times and signals
-   stay in the parent for both, and a child that dies costs one task.
-3. Only plain data, as ``marshal`` bytes, is kept or crosses a pipe; whoever reads gets a copy.
-4. Inside a child the backends hand each call to the parent over the same pipes (``_Link``).
-5. ``close()`` and changed settings retire a pool: its workers end after the work they hold, the
-   results stay. The interpreter's exit waits for the work, as ``SHUTDOWN_TIMEOUT`` says.
+1. ``enqueue`` validates, keeps a record in the pool of its alias, sends ``task_enqueued`` and queues
+   the record. An idle worker wakes, or one is started: up to ``MAX_WORKERS``, one at a time.
+2. A worker of ``ThreadPoolBackend`` runs the task. One of ``ProcessPoolBackend`` owns one child process,
+   sends it the task and waits for the answer: queue, results, times and signals stay in the parent for
+   both, and a child that dies costs one task. Only plain data crosses a pipe, as ``marshal`` bytes.
+3. Records are immutable; ``change`` puts another in their place. Whoever asks gets a copy as TaskResult.
+4. In a child, ``_pool()`` gives a ``_Remote``, which has the parent's pool do what is asked.
+5. After ``close()`` or a change of settings the workers leave, once what was enqueued is done. The exit
+   of the interpreter waits for the work, as ``SHUTDOWN_TIMEOUT`` says.
 
-Locks: ``_Store.lock``, one for each alias, guards the records, the results and the pools of that
-alias. ``_registry_lock`` guards ``_stores``. ``_start_lock`` guards ``_children`` and keeps
-``os.fork`` away from the start of a child. ``_Link.lock`` lets one thread of a child talk to the
-parent. Under none of them is another one taken, a signal sent or a task called.
+Locks: ``_Pool.lock``, one for each alias, guards all of that pool. ``_registry_lock`` guards ``_pools``.
+``_start_lock`` guards ``_children``, and keeps ``os.fork`` away from the start of a child. ``_Parent.lock``
+lets one of its threads talk to the parent. Under none of them is another one taken, a
+signal sent or a task called.
 
 Lost when the process is killed: all that is pending, running or kept. All of it is in memory.
 """
@@ -32,14 +32,17 @@ Lost when the process is killed: all that is pending, running or kept. All of it
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # Before threading._register_atexit, see _shutdown().
+import concurrent.futures.thread  # Before threading._register_atexit(), see there.
+import contextlib
 import contextvars
+import copy
 import functools
 import heapq
 import importlib
 import itertools
 import logging
 import marshal
+import math
 import os
 import pickle
 import signal
@@ -49,9 +52,9 @@ import time
 import traceback
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,39 +63,32 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.signals import setting_changed
 from django.db import connections, transaction
-from django.dispatch import receiver
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
 if TYPE_CHECKING or django.VERSION >= (6, 0):
-    from django.tasks import Task, TaskContext, TaskResult, TaskResultStatus, task_backends
+    from django.tasks import signals, task_backends
     from django.tasks.backends.base import BaseTaskBackend
-    from django.tasks.base import TaskError
-    from django.tasks.exceptions import InvalidTask, InvalidTaskBackend
-    from django.tasks.exceptions import TaskException, TaskResultDoesNotExist
-    from django.tasks.signals import task_enqueued, task_finished, task_started
+    from django.tasks.base import Task, TaskContext, TaskError, TaskResult, TaskResultStatus
+    from django.tasks.exceptions import InvalidTask, InvalidTaskBackend, TaskException, TaskResultDoesNotExist
     from django.utils.json import normalize_json
 else:
     try:
-        from django_tasks import TaskContext, TaskResult, TaskResultStatus, task_backends
+        from django_tasks import signals, task_backends
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"Django {django.get_version()} has no tasks: install Django 6.0 or newer, or the "
-            "backport with: python -m pip install django-tasks"
+            f"Django {django.get_version()} has no tasks. Install Django 6, or: pip install django-tasks"
         ) from error
     from django_tasks.backends.base import BaseTaskBackend
-    from django_tasks.base import Task, TaskError
+    from django_tasks.base import Task, TaskContext, TaskError, TaskResult, TaskResultStatus
     from django_tasks.exceptions import InvalidTaskBackendError as InvalidTaskBackend
     from django_tasks.exceptions import InvalidTaskError as InvalidTask
     from django_tasks.exceptions import TaskException, TaskResultDoesNotExist
-    from django_tasks.signals import task_enqueued, task_finished, task_started
     from django_tasks.utils import normalize_json
 
 __all__ = ["ProcessPoolBackend", "TaskQueueFull", "ThreadPoolBackend", "current_result_id"]
 __version__ = "1.0.0"
-
 logger = logging.getLogger("django_tasks_local")
-
 current_result_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_result_id")
 """The id of the result of the task that runs; ``LookupError`` where none does."""
 
@@ -103,13 +99,6 @@ class TaskQueueFull(TaskException):
 
 # --- Options: TASKS[alias], checked ---------------------------------------------------------------
 
-_START_METHODS = ("forkserver", "spawn", "fork") if hasattr(os, "fork") else ("spawn",)
-_PROCESSES_ONLY = ("TASK_TIMEOUT", "MAX_TASKS_PER_CHILD", "START_METHOD")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
 
 def _is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= threading.TIMEOUT_MAX
@@ -118,89 +107,87 @@ def _is_seconds(value: Any) -> bool:
 def _is_shared_cache(value: Any) -> bool:
     from django.core.cache.backends import dummy, locmem
 
+    private = (dummy.DummyCache, locmem.LocMemCache)
     return value in list(settings.CACHES) and not issubclass(
-        import_string(settings.CACHES[value]["BACKEND"]), (dummy.DummyCache, locmem.LocMemCache)
+        import_string(settings.CACHES[value]["BACKEND"]), private
     )
 
 
+_START_METHODS = ("forkserver", "spawn", "fork") if hasattr(os, "fork") else ("spawn",)
+_COUNT = ("a positive integer", lambda value: type(value) is int and value >= 1)
+_CACHE = "an alias of CACHES that processes share, so not of a local-memory or dummy cache"
 _OPTIONS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
-    # name: (default, what else is right, whether a value is)
-    "MAX_WORKERS": (10, "a positive integer", _is_count),
-    "MAX_RESULTS": (1000, "a positive integer", _is_count),
-    "MAX_PENDING": (None, "a positive integer", _is_count),
+    # name: (default, what else is right, whether a value is that)
+    "MAX_WORKERS": (10, *_COUNT),
+    "MAX_RESULTS": (1000, *_COUNT),
+    "MAX_PENDING": (None, *_COUNT),
     "SHUTDOWN_TIMEOUT": (None, "seconds, 0 or more", _is_seconds),
-    "RESULTS_CACHE": (
-        None,
-        "an alias of CACHES, not of a local-memory or dummy cache: processes do not share those",
-        _is_shared_cache,
-    ),
+    "RESULTS_CACHE": (None, _CACHE, _is_shared_cache),
     "TASK_TIMEOUT": (None, "seconds, more than 0", lambda value: _is_seconds(value) and value > 0),
-    "MAX_TASKS_PER_CHILD": (None, "a positive integer", _is_count),
+    "MAX_TASKS_PER_CHILD": (None, *_COUNT),
     "START_METHOD": (None, f"one of {', '.join(_START_METHODS)}", lambda v: v in _START_METHODS),
 }
+_DEFAULTS = {name: default for name, (default, _, _) in _OPTIONS.items()}
+_PROCESSES_ONLY = ("TASK_TIMEOUT", "MAX_TASKS_PER_CHILD", "START_METHOD")
 
 
 class _Config(NamedTuple):
-    """One reading of ``TASKS[alias]``; of two, the later one holds."""
+    """One reading of ``TASKS[alias]``; of two, the one of the higher serial holds."""
 
     serial: int
-    backend_class: type[_PoolBackend]
+    backend_class: Any  # Of _PoolBackend.
     params: dict[str, Any]
     options: dict[str, Any]
-    on_commit: str | None  # The database whose commit enqueues.
+
+
+_NO_CONFIG = _Config(0, None, {}, _DEFAULTS)
 
 
 def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, Any]) -> _Config:
-    """Return ``params`` checked, or raise InvalidTaskBackend; what was checked last is reused."""
-    store = _store(alias)
-    config = store.config
-    if config and config.backend_class is backend_class and config.params == params:
-        return config
-    where, given = f"TASKS[{alias!r}]['OPTIONS']", params.get("OPTIONS", {})
+    """Return ``params`` checked, or raise InvalidTaskBackend; the last reading is used again."""
+    last = _configs.get(alias)
+    if last and last.backend_class is backend_class and repr(last.params) == repr(params):
+        return last
+    given = params.get("OPTIONS", {})
     if not isinstance(given, Mapping):
-        raise InvalidTaskBackend(f"{where} must be a dictionary, got {given!r}")
+        raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS'] must be a dictionary, got {given!r}")
     for name, value in given.items():
-        _check_option(where, name, value, backend_class.uses_processes)
-    options = {name: default for name, (default, _, _) in _OPTIONS.items()} | dict(given)
-    on_commit = _database(alias, params.get("ENQUEUE_ON_COMMIT", False))
-    copy = {name: dict(value) if name == "OPTIONS" else value for name, value in params.items()}
-    store.config = _Config(next(_serials), backend_class, copy, options, on_commit)
-    return store.config
+        if problem := _problem(name, value, backend_class):
+            raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS']: {name!r} {problem}, got {value!r}")
+    _database(alias, params.get("ENQUEUE_ON_COMMIT", False))
+    _configs[alias] = _Config(next(_serials), backend_class, copy.deepcopy(params), {**_DEFAULTS, **given})
+    return _configs[alias]
 
 
-def _check_option(where: str, name: Any, value: Any, uses_processes: bool) -> None:
+def _problem(name: Any, value: Any, backend_class: type[_PoolBackend]) -> str | None:
     if name not in _OPTIONS:
         import difflib
 
-        near = difflib.get_close_matches(str(name).upper(), _OPTIONS, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(_OPTIONS)}"
-        raise InvalidTaskBackend(f"{where}: unknown option {name!r} with value {value!r}, {hint}")
-    if name in _PROCESSES_ONLY and not uses_processes:
-        raise InvalidTaskBackend(
-            f"{where}: {name} is for ProcessPoolBackend, got {value!r}: a thread cannot be stopped "
-            "or replaced from outside"
-        )
+        near = difflib.get_close_matches(str(name).upper(), _OPTIONS, 1, 0.5) or [", ".join(_OPTIONS)]
+        return f"is no option (did you mean {near[0]}?)"
+    if name in _PROCESSES_ONLY and backend_class.worker_class is _Worker:
+        return "is for ProcessPoolBackend (a thread cannot be stopped or replaced from outside)"
     default, right, check = _OPTIONS[name]
-    if not (check(value) or (value is None and default is None)):
-        right = f"None or {right}" if default is None else right
-        raise InvalidTaskBackend(f"{where}: {name} must be {right}, got {value!r}")
+    if check(value) or (value is None and default is None):
+        return None
+    return f"must be {'None or ' if default is None else ''}{right}"
 
 
 def _database(alias: str, value: Any) -> str | None:
-    """Return the database that ``ENQUEUE_ON_COMMIT`` names, if any."""
+    """Return the database whose commit is to enqueue, if any, for ``value`` of ENQUEUE_ON_COMMIT."""
     database = "default" if value is True else None if value is False else value
     if database is None or database in list(connections):
         return database
     raise InvalidTaskBackend(
-        f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be False, True or an alias of DATABASES, "
-        f"got {value!r}"
+        f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be False, True or an alias of DATABASES, got {value!r}"
     )
 
 
-# --- Plain data: what is kept, crosses a pipe or goes to the cache --------------------------------
+# --- Plain data: what is kept, crosses a pipe or goes to a cache ----------------------------------
 
-_serials = itertools.count(1)  # Its next() is one step in C; a lock is held where order matters.
-_ids: deque[str] = deque()  # Ready-made; deques are documented as thread-safe at both ends.
+_serials = itertools.count(1)
+_configs: dict[str, _Config] = {}  # What was read last, by alias.
+_ids: deque[str] = deque()  # Ready-made; a deque is documented as thread-safe at both ends.
 _NONE = marshal.dumps(None)
 
 
@@ -210,9 +197,8 @@ def _new_id() -> str:
         return _ids.popleft()
     except IndexError:
         noise = os.urandom(16 * 64)
-        ids = [str(uuid.UUID(bytes=noise[i : i + 16], version=4)) for i in range(0, 16 * 64, 16)]
-        _ids.extend(ids[1:])
-        return ids[0]
+        _ids.extend(str(uuid.UUID(bytes=noise[i : i + 16], version=4)) for i in range(16, 16 * 64, 16))
+        return str(uuid.UUID(bytes=noise[:16], version=4))
 
 
 def _dump(value: Any) -> bytes:
@@ -237,11 +223,10 @@ def _exact(value: Any) -> Any:
     return value if value is None or isinstance(value, bool) else int.__int__(value)
 
 
-def _find(at: Any, name: str) -> Any:
+def _find(module: Any, name: str) -> Any:
     """Return the function at ``name`` of a module, or None."""
-    for part in name.split("."):
-        at = getattr(at, part, None)
-    return at.func if issubclass(type(at), Task) else at
+    found = functools.reduce(lambda at, part: getattr(at, part, None), name.split("."), module)
+    return found.func if issubclass(type(found), Task) else found
 
 
 @functools.lru_cache(maxsize=1024)
@@ -252,142 +237,129 @@ def _reference(func: Callable[..., Any]) -> str:
         if _find(module, name) is func:
             return f"{func.__module__}:{name}"
     raise InvalidTask(
-        f"Task function {func.__module__}.{func.__qualname__} cannot be found by another process: "
-        "no name in its module leads to it. Was it wrapped, or its name given to another?"
+        f"Task function {func.__module__}.{func.__qualname__} cannot be found by another process: no name "
+        "in its module leads to it. Was it wrapped, or its name given to another?"
     )
 
 
-def _resolve(reference: str) -> Any:
-    module, _, name = reference.partition(":")
-    func = _find(importlib.import_module(module), name)
-    if not callable(func):
-        raise InvalidTask(f"Task function {module}.{name} was not found in process {os.getpid()}")
-    return func
+_TASK_RESULT_FIELDS = (
+    *("task", "args", "kwargs", "id", "backend", "status", "enqueued_at", "started_at", "finished_at"),
+    *("last_attempted_at", "errors", "worker_ids", "_return_value"),
+)
 
 
-def _pack_task(task: Task) -> dict[str, Any]:
-    names = ("priority", "queue_name", "backend", "takes_context")
-    run_after = task.run_after and task.run_after.isoformat()
-    packed = {"func": _reference(task.func), "run_after": run_after}
-    return packed | {name: getattr(task, name) for name in names}
+class _Record(NamedTuple):
+    """What is known of one task."""
 
-
-def _unpack_task(packed: Mapping[str, Any]) -> Task:
-    run_after = packed["run_after"] and datetime.fromisoformat(packed["run_after"])
-    changed = {"func": _resolve(packed["func"]), "run_after": run_after}
-    return task_backends[packed["backend"]].task_class(**{**packed, **changed})
-
-
-_TIMES = ("enqueued_at", "started_at", "last_attempted_at", "finished_at")
-_OTHERS = ("id", "args", "kwargs", "backend", "worker_ids")
-
-
-def _pack(result: TaskResult) -> dict[str, Any]:
-    """Return ``result`` as plain data."""
-    times = {name: getattr(result, name) for name in _TIMES}
-    return {
-        "task": _pack_task(result.task),
-        "status": result.status.value,
-        "errors": [(error.exception_class_path, error.traceback) for error in result.errors],
-        "return_value": result._return_value,
-        **{name: getattr(result, name) for name in _OTHERS},
-        **{name: moment and moment.isoformat() for name, moment in times.items()},
-    }
-
-
-def _unpack(packed: Mapping[str, Any]) -> TaskResult:
-    result = TaskResult(
-        task=_unpack_task(packed["task"]),
-        status=TaskResultStatus(packed["status"]),
-        errors=[TaskError(exception_class_path=p, traceback=t) for p, t in packed["errors"]],
-        **{name: packed[name] for name in _OTHERS},
-        **{name: packed[name] and datetime.fromisoformat(packed[name]) for name in _TIMES},
-    )
-    object.__setattr__(result, "_return_value", packed["return_value"])
-    return result
-
-
-@dataclass(slots=True, eq=False)
-class _Record:
-    """What is known of one task; once stored, changed by its store alone, under its lock."""
-
-    alias: str
     task: Task
     payload: bytes  # The marshalled [args, kwargs].
     id: str
+    alias: str
     status: TaskResultStatus = TaskResultStatus.READY
     enqueued_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
     worker_id: str | None = None
-    error: TaskError | None = None
+    error: tuple[str, str] | None = None  # Class path and traceback.
     value: bytes = _NONE  # The marshalled return value.
 
-    def snapshot(self) -> TaskResult:
-        """Return a result of its own. ``TaskResult()`` would take five times as long."""
+    def result(self) -> TaskResult:
+        """Return a TaskResult of its own; to call ``TaskResult()`` would take five times as long."""
+        path, text = self.error or ("", "")
+        errors = [TaskError(exception_class_path=path, traceback=text)] if self.error else []
+        workers = [self.worker_id] if self.worker_id else []
+        times = (self.enqueued_at, self.started_at, self.finished_at, self.started_at)
+        head = (self.task, *marshal.loads(self.payload), self.id, self.alias, self.status)
         result: TaskResult = object.__new__(TaskResult)
-        put = object.__setattr__
-        args, kwargs = marshal.loads(self.payload)
-        put(result, "task", self.task)
-        put(result, "id", self.id)
-        put(result, "status", self.status)
-        put(result, "enqueued_at", self.enqueued_at)
-        put(result, "started_at", self.started_at)
-        put(result, "last_attempted_at", self.started_at)
-        put(result, "finished_at", self.finished_at)
-        put(result, "args", args)
-        put(result, "kwargs", kwargs)
-        put(result, "backend", self.alias)
-        put(result, "errors", [self.error] if self.error else [])
-        put(result, "worker_ids", [self.worker_id] if self.worker_id else [])
-        put(result, "_return_value", marshal.loads(self.value))
+        values = (*head, *times, errors, workers, marshal.loads(self.value))
+        for name, value in zip(_TASK_RESULT_FIELDS, values, strict=True):
+            object.__setattr__(result, name, value)
         return result
+
+    def pack(self) -> dict[str, Any]:
+        """Return the record as plain data."""
+        task = {field.name: getattr(self.task, field.name) for field in fields(self.task)}
+        task |= {"func": _reference(self.task.func), "run_after": _iso(self.task.run_after)}
+        times = {name: _iso(getattr(self, name)) for name in _TIMES}
+        return {**self._asdict(), **times, "task": task, "status": self.status.value}
+
+
+_TIMES = ("enqueued_at", "started_at", "finished_at")
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return moment and moment.isoformat()
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _unpack(packed: Mapping[str, Any]) -> _Record:
+    """Return the record that was packed; import the module of its task."""
+    module, _, name = packed["task"]["func"].partition(":")
+    func = _find(importlib.import_module(module), name)
+    if not callable(func):
+        raise InvalidTask(f"Task function {module}.{name} was not found in process {os.getpid()}")
+    task_class = LocalTask if "enqueue_on_commit" in packed["task"] else Task
+    task = task_class(**{**packed["task"], "func": func, "run_after": _moment(packed["task"]["run_after"])})
+    times = {name: _moment(packed[name]) for name in _TIMES}
+    return _Record(**{**packed, **times, "task": task, "status": TaskResultStatus(packed["status"])})
 
 
 # --- One task, in a worker thread or in a child ---------------------------------------------------
 
 
-class _ChildTaskError(Exception):
-    """Stands in the parent for an exception of a child; its text is the child's traceback."""
+class _RemoteError(Exception):
+    """Stands for an exception of the other process: its class path, its traceback and its text."""
 
-    def __init__(self, class_path: str, text: str) -> None:
-        super().__init__(f"{class_path}\n{text}")
-        self.error = TaskError(exception_class_path=class_path, traceback=text)
+    def __str__(self) -> str:
+        return "\n".join(self.args[:2])
+
+    def original(self) -> Exception:
+        """Return an exception of the same class, if that can be made of the text."""
+        path, _, text = self.args
+        with contextlib.suppress(Exception):
+            if isinstance(error := import_string(path)(text), Exception):
+                return error
+        return RuntimeError(f"{path}: {text}")
 
 
-def _call(record: _Record, context: TaskResult | None, pickleable: str = "") -> bytes:
+def _call(record: _Record, pickleable: str = "") -> bytes:
     """Call the task and return what it returned, as bytes."""
     args, kwargs = marshal.loads(record.payload)
-    if context:
-        args.insert(0, TaskContext(task_result=context))
+    if record.task.takes_context:
+        args.insert(0, TaskContext(task_result=record.result()))
     value = record.task.call(*args, **kwargs)
     try:
         return _NONE if value is None else _dump(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(
-            f"Task {record.task.module_path} returned a {type(value).__module__}."
-            f"{type(value).__qualname__} that cannot be kept ({error}): a return value must be "
-            f"JSON{pickleable}: None, bool, int, float, str, UTF-8 bytes, or lists and dicts of these"
+            f"Task {record.task.module_path} returned a {type(value).__module__}.{type(value).__qualname__} "
+            f"that cannot be kept ({error}). A return value must be JSON{pickleable}: None, bool, int, float, "
+            "str, UTF-8 bytes, or lists and dicts of these"
         ) from None
 
 
-def _class_path(error: BaseException) -> str:
-    return f"{type(error).__module__}.{type(error).__qualname__}"
-
-
-def _describe(error: BaseException, func: Callable[..., Any] | None) -> tuple[str, str]:
-    """Return class path and traceback of ``error``: the frames from ``func`` on, not ours."""
-    if isinstance(error, _ChildTaskError):
-        return error.error.exception_class_path, error.error.traceback
-    frames = error.__traceback__
-    while frames and (func is None or frames.tb_frame.f_code is not func.__code__):
+def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> tuple[str, str, str]:
+    """Return class path, traceback and text of the ``error`` that is handled: the frames from those of
+    ``func`` on, or without ours. None of the error's own code is trusted, not even to return."""
+    if isinstance(error, _RemoteError):
+        error.__traceback__ = None
+        return error.args  # type: ignore[return-value]
+    frames, code, text = sys.exc_info()[2], getattr(func, "__code__", None), ""
+    while frames and (
+        frames.tb_frame.f_code is not code if code else frames.tb_frame.f_code.co_filename == __file__
+    ):
         frames = frames.tb_next
-    error.__traceback__ = frames
+    BaseException.with_traceback(error, frames)
+    path = f"{type(error).__module__}.{type(error).__qualname__}".replace("__mp_main__", "__main__")
+    with contextlib.suppress(BaseException):
+        text = str(error)
     try:
-        return _class_path(error), "".join(traceback.format_exception(error))
-    except BaseException as bad:  # Whatever the error's own code raises.
-        text = f"{_class_path(error)}, not printable because of {_class_path(bad)}\n"
-        return _class_path(error), text
+        return path, "".join(traceback.format_exception(type(error), error, frames)), text
+    except BaseException:
+        return path, "".join([*traceback.format_tb(frames), f"{path}: {text}\n"]), text
 
 
 def _clean_connections() -> None:
@@ -395,148 +367,166 @@ def _clean_connections() -> None:
     for connection in connections.all(initialized_only=True):
         try:
             connection.queries_log.clear()
+            connection.close_if_unusable_or_obsolete()
             if connection.in_atomic_block:
                 connection.close()
                 del connections[connection.alias]
-            else:
-                connection.close_if_unusable_or_obsolete()
+            elif connection.connection is not None:
+                connection.connection.rollback()  # Of a BEGIN that Django does not know of.
         except Exception:
             logger.exception("Connection %r could not be closed, it is dropped", connection.alias)
             del connections[connection.alias]
 
 
-def _notify(sent: Any, backend_class: type[_PoolBackend], result: TaskResult) -> None:
-    """Send a signal from a worker; what a receiver raises is logged.
+# --- Between parent and child ---------------------------------------------------------------------
 
-    ``Signal.send`` takes a lock. A thread pre-empted inside hands it to one that waits for the
-    GIL, and from then on every ``send`` blocks. So stand back while another thread is inside.
-    """
-    for _ in range(20):
-        if sent.lock.acquire(blocking=False):
-            sent.lock.release()
-            break
-        time.sleep(0)
+
+class _Peer:
+    """One end of the pipes between parent and child. Each calls the other one; who waits for a return
+    answers the calls that come meanwhile: the parent runs a task in the child, which may enqueue."""
+
+    def __init__(self, reader: Any, writer: Any) -> None:
+        self.reader, self.writer = reader, writer
+        self.lock = threading.Lock()  # In a child: of the thread that calls, or ends the task.
+        self.listens = True  # In a child: whether a task runs, so that the parent listens.
+
+    def send(self, kind: str, *content: Any) -> None:
+        self.writer.send_bytes(marshal.dumps((kind, content)))
+
+    def receive(self, deadline: float | None = None) -> tuple[str, Any]:
+        if deadline and not self.reader.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("The task ran for longer than its TASK_TIMEOUT")
+        return marshal.loads(self.reader.recv_bytes())  # type: ignore[no-any-return]
+
+    def call(self, name: str, *args: Any, deadline: float | None = None) -> Any:
+        """Return what the other end returns; raise _RemoteError for what it raises."""
+        if name:  # Or wait for what comes unasked, when the child is set up.
+            self.send(name, *args)
+        while True:
+            kind, content = self.receive(deadline)
+            if kind == "returned":
+                return content[0]
+            if kind == "raised":
+                raise _RemoteError(*content)
+            self.send(*_outcome(kind, *content, deadline))
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+
+def _outcome(name: str, *args: Any) -> tuple[Any, ...]:
+    """Call one of the functions that parent and child offer each other."""
     try:
-        sent.send_robust(sender=backend_class, task_result=result)
-    except BaseException:
-        logger.exception("A signal receiver raised for task result %s", result.id)
+        return "returned", {"load": _load, "run": _run, "pool": _call_pool}[name](*args)
+    except BaseException as error:
+        return "raised", *_describe(error)
+
+
+_parent: _Peer | None = None  # Set in a child, and there only.
+_begun: Any = None  # There a counter, shared with the parent: of the tasks that were begun.
+_loaded: dict[str, Task] = {}  # There the tasks that were imported, by reference.
+
+
+def _load(packed: Mapping[str, Any]) -> None:
+    """In a child: import the task of a record."""
+    _loaded[packed["task"]["func"]] = _unpack(packed).task
+
+
+def _run(reference: str, packed: dict[str, Any]) -> bytes:
+    """In a child: run a task, of which ``packed`` holds the whole record if the task asks for it."""
+    record = _unpack(packed) if "task" in packed else _Record(_loaded[reference], **packed)
+    current_result_id.set(record.id)
+    _clean_connections()
+    _begun.value += 1
+    try:
+        return _call(record, " and pickleable")
+    except BaseException as error:
+        raise _RemoteError(*_describe(error, record.task.func)) from None
+    finally:
+        _clean_connections()
+
+
+def _call_pool(alias: str, method: str, args: list[Any], deadline: float | None) -> Any:
+    """In the parent: call a pool for a child, which may wait for no longer than its task may run."""
+    args = [_unpack(arg) if isinstance(arg, dict) else arg for arg in args]
+    if method == "submit":
+        args.append(task_backends[alias].config)
+    if method == "wait" and deadline:
+        left = max(0.0, deadline - time.monotonic())
+        args[1] = left if args[1] is None else min(args[1], left)
+    reply = getattr(_pool(alias), method)(*args)
+    return reply.pack() if isinstance(reply, _Record) else reply
+
+
+class _Remote:
+    """In a child, what stands for the pool of an alias: the parent's pool does what is asked."""
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return functools.partial(self.ask, method)
+
+    def ask(self, method: str, *args: Any) -> Any:
+        assert _parent
+        plain = [
+            arg.pack() if isinstance(arg, _Record) else arg for arg in args if not isinstance(arg, _Config)
+        ]
+        try:
+            with _parent.lock:
+                if not _parent.listens:
+                    raise RuntimeError(f"{method}() was called in a child process where no task runs")
+                reply = _parent.call("pool", self.alias, method, plain)
+        except _RemoteError as error:
+            raise error.original() from None
+        return _unpack(reply) if isinstance(reply, dict) and "payload" in reply else reply
 
 
 # --- The child's side -----------------------------------------------------------------------------
 
 
-class _Link:
-    """In a child: it takes tasks from the parent, and hands the parent what they ask of us."""
-
-    def __init__(self, requests: Any, answers: Any, started: Any) -> None:
-        self.requests, self.answers, self.started = requests, answers, started
-        self.lock = threading.Lock()  # Held for a call and its reply, and to send an outcome.
-        self.listening = False  # Whether a task runs: only then the parent answers calls.
-        self.tasks: dict[str, Task] = {}
-
-    def call(self, alias: str, method: str, *args: Any) -> Any:
-        """Have the parent call ``method`` of its backend; return or raise what that does."""
-        with self.lock:
-            if not self.listening:
-                raise RuntimeError(f"{method}() was called in a child process where no task runs")
-            self.answers.send_bytes(marshal.dumps((alias, method, args)))
-            kind, *reply = marshal.loads(self.requests.recv_bytes())
-        if kind == "returned":
-            return reply[0]
-        try:
-            error = import_string(reply[0])(reply[1])
-        except Exception:
-            error = None
-        raise error if isinstance(error, Exception) else RuntimeError(": ".join(reply))
-
-    def serve(self) -> None:
-        """Load or run what comes in, until the parent closes the pipe."""
-        pid = os.getpid()
+def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) -> None:
+    """Run what comes in until the parent closes the pipe."""
+    global _parent, _begun
+    _leave_group(alive)
+    peer, pid, _begun = _Peer(requests, answers), os.getpid(), begun
+    try:
+        _set_up_django(*site)
+        outcome: tuple[Any, ...] = ("returned", None)
+    except BaseException as error:
+        outcome = ("raised", *_describe(error))
+    _parent = peer
+    with contextlib.suppress(EOFError, OSError):
         while True:
-            try:
-                what, *message = marshal.loads(self.requests.recv_bytes())
-            except (EOFError, OSError):
-                return
-            outcome = contextvars.Context().run(getattr(self, what), *message)
+            with peer.lock:
+                peer.listens = False
+                peer.send(*outcome)
+            kind, content = peer.receive()
+            peer.listens = True
+            outcome = contextvars.Context().run(_outcome, kind, *content)
             if os.getpid() != pid:  # The task forked, and this is the copy.
                 os._exit(0)
-            with self.lock:
-                self.listening = False
-                self.answers.send_bytes(marshal.dumps(outcome))
-
-    def load(self, packed: Mapping[str, Any]) -> tuple[Any, ...]:
-        try:
-            self.tasks[packed["func"]] = _unpack_task(packed)
-        except BaseException as error:
-            return _describe(error, _resolve)
-        return (_NONE,)
-
-    def run(self, name: str, result_id: str, payload: bytes, packed: Any) -> tuple[Any, ...]:
-        task = self.tasks[name]
-        current_result_id.set(result_id)
-        _clean_connections()
-        self.listening = True
-        self.started.value += 1
-        try:
-            context = _unpack(packed) if packed else None
-            record = _Record(task.backend, context.task if context else task, payload, result_id)
-            return (_call(record, context, " and pickleable"),)
-        except BaseException as error:
-            return _describe(error, task.func)
-        finally:
-            _clean_connections()
 
 
-_link: _Link | None = None  # Set in a child, and there only.
+def _leave_group(alive: Any) -> None:
+    """Drop the signal handling of a forked parent, ignore Ctrl-C, and die once the parent is gone.
 
-
-def _child_main(
-    requests: Any, answers: Any, alive: Any, started: Any, environ: dict[str, str], values: Any
-) -> None:
-    global _link
-    _reset_process()
-    _die_with_parent(alive)
-    try:
-        os.environ.clear()
-        os.environ.update(environ)
-        _set_up_django(values)
-    except BaseException as error:
-        answers.send_bytes(marshal.dumps(_describe(error, _set_up_django)))
-        return
-    _link = _Link(requests, answers, started)
-    answers.send_bytes(marshal.dumps((_NONE,)))
-    _link.serve()
-
-
-def _reset_process() -> None:
-    """Drop what a fork brought along. Ctrl-C reaches the whole group, and the parent decides."""
-    signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for connection in connections.all(initialized_only=True) if settings.configured else ():
-        _inherited.append(connection)
-        del connections[connection.alias]
-
-
-_inherited: list[Any] = []  # Connections of the parent: to close one would end its session.
-
-
-def _die_with_parent(alive: Any) -> None:
-    """End this process and what it started once the parent, which never writes, is gone.
-
-    A thread sees to it; on Linux the kernel does too, even where a task never gives up the GIL.
+    The parent never writes to ``alive``. A thread waits for its end; on Linux the kernel does too, also
+    while a task holds the GIL. A group of its own takes what the task has started along.
     """
 
     def watch() -> None:
-        try:
+        with contextlib.suppress(EOFError, OSError):
             alive.recv_bytes()
-        except (EOFError, OSError):
-            _kill_group(os.getpid())
-            os._exit(1)
+        _kill_group(os.getpid())
+        os._exit(1)
 
+    signal.set_wakeup_fd(-1)
+    for number in filter(lambda number: callable(signal.getsignal(number)), signal.valid_signals()):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     if sys.platform == "linux":
@@ -548,70 +538,68 @@ def _die_with_parent(alive: Any) -> None:
 
 
 def _kill_group(pid: int) -> None:
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
+    with contextlib.suppress(AttributeError, ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
-def _settings_values() -> dict[str, bytes]:
-    """Return what the settings module cannot tell a child: settings made in code or in a test."""
+def _site() -> tuple[dict[str, str], dict[str, bytes]]:
+    """Return what a child needs to be set up alike: the environment, and settings made in code."""
     module = sys.modules.get(os.environ.get("DJANGO_SETTINGS_MODULE", ""))
     values = {}
     for name in filter(settings.is_overridden, filter(str.isupper, dir(settings))):
         value = getattr(settings, name)
         # A test run renames the databases in place.
         if name == "DATABASES" or value is not getattr(module, name, values):
-            try:
+            with contextlib.suppress(Exception):  # Not to be pickled: then the child lacks it.
                 values[name] = pickle.dumps(value)
-            except Exception:
-                logger.debug("Setting %s cannot be pickled, so children lack it", name)
-    return values
+    return dict(os.environ), values
 
 
-def _set_up_django(values: Mapping[str, bytes]) -> None:
-    if not settings.configured and "DJANGO_SETTINGS_MODULE" not in os.environ:
+def _set_up_django(environ: dict[str, str], values: dict[str, bytes]) -> None:
+    for connection in connections.all(initialized_only=True) if settings.configured else ():
+        _inherited.append(connection)
+        del connections[connection.alias]
+    os.environ.clear()
+    os.environ.update(environ)
+    if not settings.configured and "DJANGO_SETTINGS_MODULE" not in environ:
         settings.configure()
     for name, value in values.items():
         setattr(settings, name, pickle.loads(value))
     django.setup()
 
 
+_inherited: list[Any] = []  # Forked connections of the parent: to close one would end its session.
+
+
 # --- The parent's side of a child -----------------------------------------------------------------
 
 _start_lock = threading.RLock()  # Guards _children; held to start a child, and to fork.
 _children: set[_Child] = set()
-_CHILD_NAME = "django-tasks-local"
 
 
 class _Child:
-    """A child process and its pipes, for one worker. ChildProcessError: it died."""
+    """A child process, for one worker."""
 
     def __init__(self, start_method: str | None) -> None:
         """Start a process and wait until Django is set up in it."""
         import multiprocessing
         from multiprocessing.sharedctypes import RawValue
 
-        self.sent = 0
-        self.started = RawValue("L", 0)  # How many tasks the child has begun.
+        self.sent, self.begun = 0, RawValue("L", 0)  # How many tasks were sent, and begun there.
         self.loaded: set[str] = set()
         with _start_lock:
             if _exiting:
                 raise RuntimeError("The interpreter is exiting: no child process is started")
             pipes = [multiprocessing.Pipe(duplex=False) for _ in range(3)]
-            (requests, self.requests), (self.answers, answers), (alive, self.alive) = pipes
-            self.ends = (self.requests, self.answers, self.alive)
+            (requests, to_child), (from_child, answers), (alive, self.alive) = pipes
+            self.peer = _Peer(from_child, to_child)
             _children.add(self)
             try:
                 self.start(start_method or _START_METHODS[0], requests, answers, alive)
-            except BaseException:
-                self.forget()
-                raise
             finally:
                 for end in (requests, answers, alive):
                     end.close()
-        self.receive(None)
+        self.call("")
 
     def start(self, method: str, *ends: Any) -> None:
         import multiprocessing
@@ -619,47 +607,34 @@ class _Child:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload([__name__])
-        args = (*ends, self.started, dict(os.environ), _settings_values())
-        self.process = context.Process(target=_child_main, args=args, name=_CHILD_NAME)
+        args = (*ends, self.begun, _site())
+        self.process = context.Process(target=_child_main, args=args, name="django-tasks-local")
         try:
             self.process.start()
         except ChildProcessError:  # A fork has left us with the fork server of our parent.
             self.start("spawn", *ends)
 
-    def send(self, *message: Any) -> None:
+    def call(self, name: str, *args: Any, deadline: float | None = None) -> Any:
+        """Return what the child returns; raise what it raises, TimeoutError or ChildProcessError."""
         try:
-            self.requests.send_bytes(marshal.dumps(message))
-        except OSError as error:
-            raise self.died() from error
-
-    def receive(self, deadline: float | None) -> Any:
-        """Return (value,) or the (alias, method, args) of a call; raise what the task raised."""
-        try:
-            if deadline and not self.answers.poll(max(0.0, deadline - time.monotonic())):
-                self.kill()
-                raise TimeoutError
-            message = marshal.loads(self.answers.recv_bytes())
-        except TimeoutError:
+            return self.peer.call(name, *args, deadline=deadline)
+        except _RemoteError:
             raise
-        except (EOFError, OSError, ValueError, TypeError) as error:
-            raise self.died() from error
-        if len(message) == 2:
-            raise _ChildTaskError(*message)
-        return message
-
-    def died(self) -> ChildProcessError:
-        self.process.join(1)
-        self.kill()
+        except TimeoutError:
+            self.kill()
+            raise
+        except Exception:  # The pipe has ended, or holds what is not ours.
+            self.process.join(1)
+            self.kill()
         code = self.process.exitcode
-        try:
+        how = f"ended with exit code {code}"
+        with contextlib.suppress(TypeError, ValueError):  # Unless it is a signal, negated.
             how = f"was killed by {signal.Signals(-code).name}"
-        except (TypeError, ValueError):
-            how = f"ended with exit code {code}"
-        return ChildProcessError(f"Child process {self.process.pid} {how} before the task was done")
+        raise ChildProcessError(f"Child process {self.process.pid} {how} before the task was done")
 
     def stop(self) -> None:
         """Let the idle child end, which takes a moment; kill it if it takes long."""
-        self.requests.close()
+        self.peer.writer.close()
         self.process.join(5)
         self.kill()
 
@@ -668,404 +643,361 @@ class _Child:
             _kill_group(self.process.pid)
             self.process.kill()
             self.process.join()
-        self.forget()
-
-    def forget(self) -> None:
-        for end in self.ends:
-            end.close()
+        self.peer.close()
+        self.alive.close()
         with _start_lock:
             _children.discard(self)
 
 
-# --- Records and results of an alias --------------------------------------------------------------
-
-
-class _Store:
-    """All that is known under one alias; ``lock`` guards it, and the pools that work on it."""
-
-    def __init__(self, alias: str) -> None:
-        self.alias = alias
-        self.lock = threading.Lock()
-        self.config: _Config | None = None  # What was read last.
-        self.active: dict[str, _Record] = {}  # Not finished.
-        self.running: dict[str, _Record] = {}  # In the hands of a worker.
-        self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
-        self.futures: dict[str, Future[None]] = {}  # Done with the task; at "" when none is left.
-        self.waiting: dict[str, str] = {}  # Which task waits for which.
-        self.pools: list[_Pool] = []  # The current one last; the others are retired, but at work.
-
-    def get(self, result_id: str) -> TaskResult | None:
-        with self.lock:
-            record = self.active.get(result_id)
-            if record is None:
-                record = self.finished.get(result_id)
-                if record is None:
-                    return None
-                self.finished.move_to_end(result_id)
-            return record.snapshot()
-
-    def begin(self, record: _Record, worker_id: str) -> TaskResult | None:
-        """Make the task RUNNING, or return None: it was given up meanwhile."""
-        with self.lock:
-            if record.finished_at:
-                return None
-            record.started_at = record.started_at or timezone.now()
-            record.status = TaskResultStatus.RUNNING
-            record.worker_id = worker_id
-            return record.snapshot()
-
-    def finish(
-        self, record: _Record, value: bytes, error: TaskError | None, limit: int
-    ) -> TaskResult | None:
-        """Make the task SUCCESSFUL or FAILED, or return None: it is finished already."""
-        with self.lock:
-            if record.finished_at:
-                return None
-            record.finished_at = timezone.now()
-            record.status = TaskResultStatus.FAILED if error else TaskResultStatus.SUCCESSFUL
-            record.value, record.error = value, error
-            del self.active[record.id]
-            self.finished[record.id] = record
-            while len(self.finished) > limit:
-                self.finished.popitem(last=False)
-            return record.snapshot()
-
-    def settle(self, record: _Record) -> None:
-        """Wake those who wait: the task is finished, and all that goes with it is done."""
-        with self.lock:
-            self.running.pop(record.id, None)
-            done = [self.futures.pop(record.id, None)]
-            if "" in self.futures and not self.is_busy():
-                done.append(self.futures.pop(""))
-        for future in filter(None, done):
-            future.set_result(None)
-
-    def is_busy(self) -> bool:
-        return bool(self.running) or any(pool.ready or pool.reserved for pool in self.pools)
-
-    def future(self, result_id: str) -> Future[None] | None:
-        """Return what is done when the task is, at "" when all are; None if that is so now."""
-        me = current_result_id.get("")
-        with self.lock:
-            if not (result_id in self.active or result_id in self.running if result_id else self.is_busy()):
-                return None
-            if me in self.running:
-                self.check_deadlock(me, result_id)
-            if result_id not in self.futures:
-                self.futures[result_id] = Future()
-                self.futures[result_id].set_running_or_notify_cancel()  # asyncio must not cancel.
-            return self.futures[result_id]
-
-    def check_deadlock(self, me: str, result_id: str) -> None:
-        """Note that ``me`` waits, unless it would do so for ever: then raise RuntimeError."""
-        chain: str | None = result_id or me
-        while chain and chain != me:
-            chain = self.waiting.get(chain)
-        limit = self.pools[-1].options["MAX_WORKERS"]
-        if chain == me or len({*self.waiting, me}) >= limit:
-            raise RuntimeError(
-                f"Task result {me} would wait for {result_id or 'all tasks'} for ever: that one "
-                f"waits for this one, or all {limit} workers of {self.alias!r} wait"
-            )
-        self.waiting[me] = result_id
-
-    def unfinished(self) -> list[str]:
-        """Return the ids of what is pending or running."""
-        with self.lock:
-            deferred = {entry[2] for pool in self.pools for _, entry in pool.deferred}
-            return [result_id for result_id in self.active if result_id not in deferred]
-
-    def stats(self) -> dict[str, int]:
-        with self.lock:
-            return {
-                "pending": sum(len(pool.ready) + pool.reserved for pool in self.pools),
-                "deferred": sum(len(pool.deferred) for pool in self.pools),
-                "running": len(self.running),
-                "finished": len(self.finished),
-                "workers": sum(len(pool.workers) for pool in self.pools),
-                "pid": os.getpid(),
-            }
-
-
-# --- Queue and workers ----------------------------------------------------------------------------
+# --- Queue, records and workers -------------------------------------------------------------------
 
 
 class _Pool:
-    """The queue and the workers of an alias, from the first task until ``retire``."""
+    """All there is under one alias; ``lock`` guards it."""
 
-    def __init__(self, config: _Config, store: _Store) -> None:
-        self.config, self.options, self.store, self.lock = config, config.options, store, store.lock
-        self.arrival = threading.Condition(self.lock)  # Idle workers wait: for work, or to go.
+    def __init__(self, alias: str) -> None:
+        self.alias, self.config = alias, _NO_CONFIG  # The latest that was enqueued with.
+        self.lock = threading.Lock()
+        self.work = threading.Condition(self.lock)  # Idle workers wait: for a task, or to leave.
+        self.active: dict[str, _Record] = {}  # Not finished.
+        self.held: set[str] = set()  # What workers hold, until all that goes with it is done.
+        self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
         self.ready: list[tuple[int, int, str]] = []  # A heap of (-priority, sequence, id).
         self.deferred: list[tuple[float, tuple[int, int, str]]] = []  # A heap by due time.
-        self.reserved = 0  # Stored, not queued yet: task_enqueued is being sent.
         self.workers: set[_Worker] = set()
+        self.starting: _Worker | None = None  # Not at the queue yet; there it calls the next one.
         self.idle = 0
-        self.starting: _Worker | None = None  # Not at the queue yet; there it hires the next one.
-        self.retired = False
-        self.cache_failed = False
+        self.futures: dict[str | None, Future[_Record | None]] = {}  # By id; None: when all is done.
+        self.waiting: dict[str, str | None] = {}  # Which task waits for which.
+        self.cache_failed = self.given_up = False
 
-    def submit(self, record: _Record) -> TaskResult | None:
-        """Store, announce and queue a task, or raise and keep nothing. None: the pool is retired."""
+    def submit(self, record: _Record, config: _Config) -> _Record:
+        """Keep, announce and queue a task, or raise and leave nothing behind."""
+        record = record._replace(enqueued_at=timezone.now())
         with self.lock:
-            if self.retired:
-                return None
-            limit = self.options["MAX_PENDING"]
-            if limit and self.reserved + len(self.ready) + len(self.deferred) >= limit:
+            if self.given_up or _exiting:
+                raise RuntimeError(f"The interpreter is exiting: {self.alias!r} takes no more tasks")
+            if self.config.serial < config.serial:
+                self.config = config
+                self.work.notify_all()  # The workers of older settings leave.
+            limit = config.options["MAX_PENDING"]
+            if limit and self.pending() + len(self.deferred) >= limit:
+                name = record.task.module_path
                 raise TaskQueueFull(
-                    f"{limit} tasks are pending on {record.alias!r}, which is its MAX_PENDING: "
-                    f"{record.task.module_path} was not enqueued"
+                    f"{self.alias!r} has {limit} tasks pending (MAX_PENDING), {name} was refused"
                 )
-            record.enqueued_at = timezone.now()
-            self.store.active[record.id] = record
-            self.reserved += 1
-            first = None if self.workers else self.hire()
+            self.active[record.id] = record
         try:
-            if first:
-                first.start()
-            result = record.snapshot()
-            self.publish(result)
-            task_enqueued.send(sender=self.config.backend_class, task_result=result)
+            signals.task_enqueued.send(sender=config.backend_class, task_result=record.result())
         except BaseException:
-            self.withdraw(record)
+            with self.lock:
+                del self.active[record.id]
+            self.settle(record.id, None)
             raise
-        self.queue(record)
-        return result
-
-    def withdraw(self, record: _Record) -> None:
+        self.publish(record)
+        entry, due = (-record.task.priority, next(_serials), record.id), _due(record.task.run_after)
         with self.lock:
-            self.reserved -= 1
-            del self.store.active[record.id]
-            self.arrival.notify_all()
-        self.store.settle(record)
-        self.publish(record.snapshot(), withdrawn=True)
-
-    def queue(self, record: _Record) -> None:
-        due = _due(record.task.run_after)
-        with self.lock:
-            entry = (-record.task.priority, next(_serials), record.id)
-            self.reserved -= 1
             if due > time.time():
                 heapq.heappush(self.deferred, (due, entry))
-                self.arrival.notify()  # It may be due before what idle workers wait for.
+                self.work.notify()  # It may be due before what the idle ones wait for.
             else:
                 heapq.heappush(self.ready, entry)
             helper = self.call_helper()
-            retired = self.retired
         self.start(helper)
-        if retired:
-            self.retire()
+        return record
+
+    def pending(self) -> int:
+        return len(self.active) - len(self.deferred) - sum(key in self.active for key in self.held)
 
     def call_helper(self) -> _Worker | None:
         """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
         if self.idle:
             if self.ready:
-                self.arrival.notify()
-        elif self.ready or self.deferred:
-            if not self.starting and len(self.workers) < self.options["MAX_WORKERS"]:
-                return self.hire()
+                self.work.notify()
+        elif (self.ready or self.deferred) and not self.starting:
+            if len(self.workers) < self.config.options["MAX_WORKERS"]:
+                self.starting = self.config.backend_class.worker_class(self, self.config)
+                self.workers.add(self.starting)
+                return self.starting
         return None
 
-    def hire(self) -> _Worker:
-        self.starting = self.config.backend_class.worker_class(self)
-        self.workers.add(self.starting)
-        return self.starting
-
     def start(self, worker: _Worker | None) -> None:
-        """Start one worker more, if any; where that fails, those who are there have to do."""
+        """Start one worker more; if that fails, those who are there must do, if any are."""
         try:
             if worker:
-                worker.start()
-        except RuntimeError:
-            logger.warning("No more than %s workers could be started", len(self.workers), exc_info=True)
+                worker.thread.start()
+        except RuntimeError as error:
+            logger.warning("No more workers could be started for %r: %s", self.alias, error)
+            with self.lock:
+                self.workers.discard(worker)  # type: ignore[arg-type]
+                self.starting, lost = None, []
+                if not self.workers:
+                    self.ready, lost = [], [self.active[entry[2]] for entry in self.ready]
+            self.abandon(lost, f"no worker could be started: {error}")
 
     def take(self, worker: _Worker) -> _Record | None:
-        """Wait for a task and return it. None: the worker may go."""
+        """Wait for a task and return it. None: the worker has to leave."""
         with self.lock:
             if self.starting is worker:
                 self.starting = None
-            while True:
+            while not (leaving := worker.leaving or worker.config is not self.config):
                 timeout = self.promote()
                 if self.ready:
-                    record = self.store.active[heapq.heappop(self.ready)[2]]
-                    self.store.running[record.id] = record
-                    helper = self.call_helper()
                     break
-                if self.retired and not self.reserved:
-                    return None
                 self.idle += 1
-                self.arrival.wait(timeout)
+                self.work.wait(timeout)
                 self.idle -= 1
+            if leaving:
+                self.workers.discard(worker)
+                record = None
+            else:
+                record = self.active[heapq.heappop(self.ready)[2]]
+                self.held.add(record.id)
+            helper = self.call_helper()
         self.start(helper)
         return record
 
     def promote(self) -> float | None:
-        """Make ready what is due; return the seconds until the next one is."""
+        """Make ready what is due; return the seconds until the next one is, at most a day."""
         while self.deferred:
-            left = self.deferred[0][0] - time.time()
-            if left > 0:
+            if (left := self.deferred[0][0] - time.time()) > 0:
                 return min(left, 86400.0)
             heapq.heappush(self.ready, heapq.heappop(self.deferred)[1])
         return None
 
-    def leave(self, worker: _Worker) -> None:
+    def change(self, result_id: str, **changes: Any) -> _Record | None:
+        """Put a changed record in place of an active one and return it. None: it is finished."""
         with self.lock:
-            self.workers.discard(worker)
-            if self.starting is worker:
-                self.starting = None
-            self.arrival.notify_all()
-        worker.left.set()
+            if result_id not in self.active:
+                return None
+            record = self.active[result_id] = self.active[result_id]._replace(**changes)
+            if record.finished_at:
+                self.finished[result_id] = self.active.pop(result_id)
+                while len(self.finished) > self.config.options["MAX_RESULTS"]:
+                    self.finished.popitem(last=False)
+            return record
 
-    def has_work(self) -> bool:
-        with self.lock:
-            return bool(self.ready or self.reserved or self.deferred)
+    def announce(self, sent: Any, record: _Record, context: contextvars.Context) -> None:
+        """Publish the record and send a signal; what a receiver raises is logged.
 
-    def retire(self) -> None:
-        """Abandon what is deferred, and let the workers go once the rest is done."""
-        with self.lock:
-            self.retired = True
-            late = [self.store.active[entry[2]] for _, entry in self.deferred]
-            self.deferred.clear()
-            self.arrival.notify_all()
-        if late:
-            ids = ", ".join(record.id for record in late)
-            logger.warning("%s deferred tasks of %r are abandoned, as its pool is closed: %s",
-                           len(late), self.store.alias, ids)
-        self.abandon(late, "its pool was closed before it was due")
+        ``Signal.send`` takes a lock. A thread pre-empted inside hands it to one that waits for the GIL,
+        and from then on every ``send`` blocks. So stand back while another thread is inside.
+        """
+        self.publish(record)
+        for _ in range(20):
+            if sent.lock.acquire(blocking=False):
+                sent.lock.release()
+                break
+            time.sleep(0)
+        try:
+            context.run(sent.send_robust, sender=self.config.backend_class, task_result=record.result())
+        except BaseException:
+            logger.exception("A signal receiver raised for task result %s", record.id)
+
+    def conclude(
+        self, old: _Record, context: contextvars.Context, value: bytes, error: BaseException | None = None
+    ) -> None:
+        """Finish a task, unless it is finished, and let it be known."""
+        status = TaskResultStatus.FAILED if error else TaskResultStatus.SUCCESSFUL
+        changes = {"value": value, "error": _describe(error, old.task.func)[:2] if error else None}
+        if record := self.change(old.id, finished_at=timezone.now(), status=status, **changes):
+            self.announce(signals.task_finished, record, context)
+            _clean_connections()
+        self.settle(old.id, record)
 
     def abandon(self, records: Iterable[_Record], why: str) -> None:
         for record in records:
             try:
                 raise RuntimeError(f"The task was abandoned: {why}")
             except RuntimeError as error:
-                self.conclude(record, contextvars.Context(), error=error)
+                self.conclude(record, contextvars.Context(), _NONE, error)
 
-    def conclude(
-        self,
-        record: _Record,
-        context: contextvars.Context,
-        value: bytes = _NONE,
-        error: BaseException | None = None,
-    ) -> None:
-        """Finish a task, unless it is finished, and let it be known."""
-        failure = None
-        if error:
-            path, text = _describe(error, record.task.func)
-            failure = TaskError(exception_class_path=path, traceback=text)
-        result = self.store.finish(record, value, failure, self.options["MAX_RESULTS"])
-        if result:
-            self.publish(result)
-            context.run(_notify, task_finished, self.config.backend_class, result)
-            _clean_connections()
-        self.store.settle(record)
+    def settle(self, result_id: str, record: _Record | None) -> None:
+        """Wake those who wait: the task is finished, and all that goes with it is done."""
+        with self.lock:
+            self.held.discard(result_id)
+            done = [self.futures.pop(result_id, None)]
+            if not self.is_busy():
+                done.append(self.futures.pop(None, None))
+        for future in filter(None, done):
+            future.set_result(record)
 
-    def publish(self, result: TaskResult, withdrawn: bool = False) -> None:
-        """Write to RESULTS_CACHE; if that fails, log it once and go on."""
-        alias = self.options["RESULTS_CACHE"]
-        if alias:
+    def is_busy(self) -> bool:
+        return bool(self.held) or len(self.active) > len(self.deferred)
+
+    def publish(self, record: _Record) -> None:
+        """Write to RESULTS_CACHE; if that fails, say so once and go on."""
+        if alias := self.config.options["RESULTS_CACHE"]:
             try:
-                _write_cache(alias, result, withdrawn)
+                _cache(alias).set(f"django_tasks_local.{self.alias}.{record.id}", record.pack())
                 self.cache_failed = False
             except Exception:
                 if not self.cache_failed:
                     logger.exception("RESULTS_CACHE %r fails; said once, until it works", alias)
                 self.cache_failed = True
 
+    def get(self, result_id: str) -> _Record | None:
+        with self.lock:
+            if result_id in self.finished:
+                self.finished.move_to_end(result_id)
+            return self.active.get(result_id) or self.finished.get(result_id)
 
-def _cache(alias: str, backend: str, result_id: str) -> tuple[Any, str]:
+    def future(self, result_id: str | None) -> Future[_Record | None] | None:
+        """Return what is done when the task is, or (None) all are; None if that is so now."""
+        me = current_result_id.get("")
+        with self.lock:
+            known = result_id in self.active or result_id in self.held
+            if not (self.is_busy() if result_id is None else known):
+                return None
+            if me in self.held:
+                self.check_deadlock(me, result_id)
+            if result_id not in self.futures:
+                self.futures[result_id] = Future()
+                self.futures[result_id].set_running_or_notify_cancel()  # asyncio must not cancel.
+            return self.futures[result_id]
+
+    def check_deadlock(self, me: str, result_id: str | None) -> None:
+        """Note that ``me`` waits, unless it would do so for ever: then raise RuntimeError."""
+        chain: str | None = result_id or me
+        while chain and chain != me:
+            chain = self.waiting.get(chain)
+        if chain == me or len({*self.waiting, me}) >= self.config.options["MAX_WORKERS"]:
+            raise RuntimeError(
+                f"Task result {me} would wait for {result_id or 'all tasks'} for ever: that one waits for "
+                f"this one, or all workers of {self.alias!r} wait"
+            )
+        self.waiting[me] = result_id
+
+    @contextlib.contextmanager
+    def expect(self, result_id: str | None, timeout: float | None) -> Iterator[Any]:
+        """Give a future for the time of a wait; raise TimeoutError where the wait does."""
+        try:
+            yield self.future(result_id)
+        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):  # noqa: UP041 until 3.11
+            raise TimeoutError(f"{result_id or 'Tasks'} not finished after {timeout} seconds") from None
+        finally:
+            with self.lock:
+                self.waiting.pop(current_result_id.get(""), None)
+
+    def wait(self, result_id: str | None, timeout: float | None) -> _Record | None:
+        """Return the finished record, or None if there was nothing to wait for."""
+        with self.expect(result_id, timeout) as future:
+            return future and future.result(timeout)  # type: ignore[no-any-return]
+
+    def stats(self) -> dict[str, int]:
+        with self.lock:
+            counts = {"pending": self.pending(), "deferred": len(self.deferred), "running": len(self.held)}
+            return {
+                **counts,
+                "finished": len(self.finished),
+                "workers": len(self.workers),
+                "pid": os.getpid(),
+            }
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of what is pending or running."""
+        with self.lock:
+            deferred = {entry[2] for _, entry in self.deferred}
+            return [result_id for result_id in self.active if result_id not in deferred]
+
+    def close(self, wait: bool | None = None) -> None:
+        """Abandon what is deferred; once the rest is finished, have the workers leave."""
+        with self.lock:
+            late = [self.active[entry[2]] for _, entry in self.deferred]
+            self.deferred.clear()
+        if late:
+            ids = ", ".join(record.id for record in late)
+            logger.warning("%r is closed, %s deferred tasks are abandoned: %s", self.alias, len(late), ids)
+        self.abandon(late, "its pool was closed before it was due")
+        args = (self.drain, self.unfinished(), self.config)
+        closer = threading.Thread(target=contextvars.Context().run, args=args, daemon=True)
+        closer.start()
+        if current_result_id.get(None) is None if wait is None else wait:
+            closer.join()
+
+    def drain(self, ids: list[str], config: _Config) -> None:
+        for result_id in ids:
+            self.wait(result_id, None)
+        with self.lock:
+            workers = [worker for worker in self.workers if worker.config is config]
+            for worker in workers:
+                worker.leaving = True
+            self.work.notify_all()
+        for worker in workers:
+            worker.thread.join()
+
+    def give_up(self) -> list[str]:
+        """Fail all that is not finished and return the ids; take nothing more."""
+        with self.lock:
+            self.given_up = True
+            records, workers = list(self.active.values()), list(self.workers)
+            self.ready, self.deferred = [], []
+        for worker in workers:
+            worker.give_up()
+        self.abandon(records, "the process exits, and SHUTDOWN_TIMEOUT is over")
+        return [record.id for record in records]
+
+
+def _cache(alias: str) -> Any:
     from django.core.cache import caches
 
-    return caches[alias], f"django_tasks_local.{backend}.{result_id}"
-
-
-def _write_cache(alias: str, result: TaskResult, withdrawn: bool) -> None:
-    cache, key = _cache(alias, result.backend, result.id)
-    if withdrawn:
-        cache.delete(key)
-    else:
-        cache.set(key, _pack(result))
+    return caches[alias]
 
 
 def _due(run_after: datetime | None) -> float:
-    try:
-        return run_after.timestamp() if run_after else 0.0
-    except (OverflowError, ValueError, OSError):  # A naive date at an end of the calendar.
-        return float("inf") if run_after and run_after.year > 5000 else 0.0
+    """Return seconds since the epoch; ``timestamp()`` fails near the ends of the calendar."""
+    if run_after is None or run_after.year < 1971:
+        return 0.0
+    return float("inf") if run_after.year > 9000 else run_after.timestamp()
 
 
 class _Worker:
     """A thread that takes task after task from its pool, and runs them."""
 
-    def __init__(self, pool: _Pool) -> None:
-        self.pool = pool
-        self.left = threading.Event()
-
-    def start(self) -> None:
-        name = f"tasks-{self.pool.store.alias}"
-        try:
-            threading.Thread(target=self.main, name=name, daemon=True).start()
-        except BaseException:
-            self.pool.leave(self)
-            raise
+    def __init__(self, pool: _Pool, config: _Config) -> None:
+        self.pool, self.config = pool, config
+        self.leaving = False  # Set under the pool's lock: take no further task.
+        self.thread = threading.Thread(target=self.main, name=f"tasks-{pool.alias}", daemon=True)
 
     def main(self) -> None:
-        _here.worker = self
-        try:
+        self.prepare()
+        while record := self.pool.take(self):
+            context = contextvars.Context()
+            context.run(current_result_id.set, record.id)
+            try:
+                value = self.execute(record, context)
+            except BaseException as error:
+                self.pool.conclude(record, context, _NONE, error)
+            else:
+                self.pool.conclude(record, context, value)
+            del record, context
             self.prepare()
-            while record := self.pool.take(self):
-                self.attempt(record, os.getpid())
-                del record
-                self.prepare()
-        finally:
-            self.end()
-            self.pool.leave(self)
+        self.give_up()
 
-    def attempt(self, record: _Record, pid: int) -> None:
-        context = contextvars.Context()
-        context.run(current_result_id.set, record.id)
-        try:
-            value = self.execute(record, context)
-        except BaseException as error:
-            _exit_if_copy(pid)
-            self.pool.conclude(record, context, error=error)
-        else:
-            _exit_if_copy(pid)
-            self.pool.conclude(record, context, value)
+    def begin(self, record: _Record, worker_id: str) -> _Record | None:
+        """Make the task RUNNING and return its record; None: it was given up meanwhile."""
+        now, status = timezone.now(), TaskResultStatus.RUNNING
+        return self.pool.change(record.id, status=status, started_at=now, worker_id=worker_id)
 
     def execute(self, record: _Record, context: contextvars.Context) -> bytes:
         """Run the task; return what it returns, as bytes, or raise what it raises."""
+        pid = os.getpid()
         _clean_connections()
-        worker_id = f"thread-{os.getpid()}-{threading.get_native_id()}"
-        started = self.pool.store.begin(record, worker_id)
-        if started is None:
+        if not (started := self.begin(record, f"thread-{pid}-{threading.get_native_id()}")):
             return _NONE
-        self.announce(started, context)
+        self.pool.announce(signals.task_started, started, context)
         try:
-            return context.run(_call, record, started if record.task.takes_context else None)
+            return context.run(_call, started)
         finally:
+            if os.getpid() != pid:  # The task forked, and this is the copy.
+                os._exit(0)
             _clean_connections()
-
-    def announce(self, started: TaskResult, context: contextvars.Context) -> None:
-        self.pool.publish(started)
-        context.run(_notify, task_started, self.pool.config.backend_class, started)
 
     def prepare(self) -> None:
         """Get ready for the next task."""
 
-    def end(self) -> None:
-        """Release what the worker holds."""
-
     def give_up(self) -> None:
-        """Stop the task that runs, where that can be done."""
-
-
-_here = threading.local()  # Our threads have their worker here.
-
-
-def _exit_if_copy(pid: int) -> None:
-    """End a process that a task has forked: the task goes on in the original."""
-    if os.getpid() != pid:
-        os._exit(0)
+        """Stop what can be stopped."""
 
 
 class _ProcessWorker(_Worker):
@@ -1073,134 +1005,74 @@ class _ProcessWorker(_Worker):
     failure: BaseException | None = None  # Why there is no child; the next task fails with it.
 
     def prepare(self) -> None:
-        limit = self.pool.options["MAX_TASKS_PER_CHILD"]
-        if self.child and limit and self.child.sent >= limit:
-            self.end()
-        if not self.child and self.pool.has_work():
+        options = self.config.options
+        if self.child and self.child.sent >= (options["MAX_TASKS_PER_CHILD"] or math.inf):
+            self.child.stop()
+            self.child = None
+        if not self.child and not self.leaving:
             try:
-                self.child = _Child(self.pool.options["START_METHOD"])
+                self.child = _Child(options["START_METHOD"])
             except Exception as error:
                 self.failure = error
 
-    def end(self) -> None:
-        if self.child:
-            self.child.stop()
-            self.child = None
-
     def give_up(self) -> None:
         if child := self.child:
-            child.kill()
-
-    def employ(self, task: Task) -> _Child:
-        """Return a child that has imported the task."""
-        failure, self.failure = self.failure, None
-        if failure:
-            raise failure
-        if not self.child:
-            self.child = _Child(self.pool.options["START_METHOD"])
-        name = _reference(task.func)
-        if name not in self.child.loaded:
-            self.child.send("load", {**_pack_task(task), "run_after": None})
-            self.child.receive(None)
-            self.child.loaded.add(name)
-        return self.child
+            child.kill() if self.pool.given_up else child.stop()
 
     def execute(self, record: _Record, context: contextvars.Context) -> bytes:
-        announced = False
-        for last in (False, False, True):
-            try:
-                child = self.employ(record.task)
-                started = self.pool.store.begin(record, f"process-{child.process.pid}")
-                if started is None:
-                    return _NONE
-                packed = _pack(started) if record.task.takes_context else None
-                child.sent += 1
-                child.send("run", _reference(record.task.func), record.id, record.payload, packed)
-                if not announced:
-                    self.announce(started, context)
-                    announced = True
-                return self.listen(child, context)
-            except (ChildProcessError, TimeoutError):
-                dead, self.child = self.child, None
-                # A child that died idle has not begun the task: another one takes it.
-                if last or dead is None or dead.started.value >= dead.sent > 0:
-                    raise
-        raise AssertionError
-
-    def listen(self, child: _Child, context: contextvars.Context) -> bytes:
-        """Answer the calls of a task until it is done, and return its value."""
-        limit = self.pool.options["TASK_TIMEOUT"]
-        deadline = limit and time.monotonic() + limit
+        reference, limit, started = _reference(record.task.func), self.config.options["TASK_TIMEOUT"], None
         while True:
+            failure, self.failure = self.failure, None
+            if failure:
+                raise failure
+            child = self.child = self.child or _Child(self.config.options["START_METHOD"])
             try:
-                message = child.receive(deadline)
-            except TimeoutError:
-                raise TimeoutError(f"The task ran for longer than {limit} seconds, its TASK_TIMEOUT") from None
-            if len(message) == 1:
-                return message[0]  # type: ignore[no-any-return]
-            child.send(*context.run(_answer, *message, deadline))
+                if reference not in child.loaded:
+                    child.call("load", record.pack())
+                    child.loaded.add(reference)
+                again, started = started, self.begin(record, f"process-{child.process.pid}")
+                if not started:
+                    return _NONE
+                if not again:
+                    self.pool.announce(signals.task_started, started, context)
+                short = {"payload": record.payload, "id": record.id, "alias": record.alias}
+                packed = started.pack() if record.task.takes_context else short
+                child.sent += 1
+                deadline = limit and time.monotonic() + limit
+                return context.run(child.call, "run", reference, packed, deadline=deadline)
+            except (ChildProcessError, TimeoutError):
+                self.child = None
+                # A child that died idle has not begun the task: another one takes it.
+                if again or child.begun.value >= child.sent:
+                    raise
 
 
-def _answer(alias: str, method: str, args: list[Any], deadline: float | None) -> tuple[Any, ...]:
-    """Call a backend for a child, for no longer than its task may run."""
-    if method in ("wait_result", "join") and deadline:
-        *args, timeout = args
-        left = max(0.0, deadline - time.monotonic())
-        args.append(left if timeout is None else min(timeout, left))
-    try:
-        return ("returned", task_backends[alias].answer(method, *args))
-    except BaseException as error:
-        return ("raised", _class_path(error), str(error))
-
-
-# --- Process-wide: stores by alias, fork, exit ----------------------------------------------------
+# --- Process-wide: pools by alias, settings, fork, exit -------------------------------------------
 
 _registry_lock = threading.Lock()
-_stores: dict[str, _Store] = {}
+_pools: dict[str, _Pool] = {}
 _exiting = False
 
 
-def _store(alias: str) -> _Store:
+def _pool(alias: str) -> Any:
+    """Return what holds the tasks of an alias: here a _Pool, in a child a _Remote."""
+    if _parent:
+        return _Remote(alias)
     with _registry_lock:
-        if alias not in _stores:
-            _stores[alias] = _Store(alias)
-        return _stores[alias]
+        if alias not in _pools:
+            _pools[alias] = _Pool(alias)
+        return _pools[alias]
 
 
-def _pool(alias: str, config: _Config) -> _Pool:
-    """Return the pool of an alias to enqueue on, a new one if it is closed or of older settings."""
-    store = _store(alias)
-    with store.lock:
-        old = store.pools[-1] if store.pools else None
-        if old and not old.retired and old.config.serial >= config.serial:
-            return old
-        if _exiting:
-            raise RuntimeError(f"The interpreter is exiting: {alias!r} takes no more tasks")
-        if old and old.config.serial > config.serial:
-            config = old.config
-        pool = _Pool(config, store)
-        store.pools = [*(pool for pool in store.pools if pool.workers or pool.reserved), pool]
-    if old:
-        old.retire()
-    return pool
+def _close_changed(*, setting: str, **kwargs: Any) -> None:
+    """Close the pools whose settings are no longer those of ``TASKS``."""
+    for alias, pool in list(_pools.items()) if setting == "TASKS" else ():
+        if pool.config.serial and pool.config.params != getattr(settings, "TASKS", {}).get(alias):
+            pool.close(wait=False)
 
 
-@receiver(setting_changed)
-def _retire_changed(*, setting: str, **kwargs: Any) -> None:
-    """Retire the pools whose settings are no longer those of ``TASKS``."""
-    if setting == "TASKS":
-        for store in _all_stores():
-            for pool in store.pools[-1:]:
-                if pool.config.params != settings.TASKS.get(store.alias):
-                    pool.retire()
-
-
-def _all_stores() -> list[_Store]:
-    with _registry_lock:
-        return list(_stores.values())
-
-
-_SIGNALS = (task_enqueued, task_started, task_finished)
+setting_changed.connect(_close_changed)
+_SIGNALS = (signals.task_enqueued, signals.task_started, signals.task_finished)
 
 
 def _before_fork() -> None:
@@ -1209,7 +1081,7 @@ def _before_fork() -> None:
         sent.lock.acquire()
 
 
-def _after_fork_in_parent() -> None:
+def _after_fork() -> None:
     for sent in _SIGNALS:
         sent.lock.release()
     _start_lock.release()
@@ -1217,104 +1089,63 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     """Start with nothing of the parent's, and keep nothing of it open."""
-    global _registry_lock, _start_lock, _stores, _exiting, _link
-    for sent in _SIGNALS:
-        sent.lock.release()
-    if _link:
-        _link.requests.close()
-        _link.answers.close()
-    for child in _children:
-        for end in child.ends:
+    global _registry_lock, _start_lock, _pools, _exiting, _parent
+    _after_fork()
+    for end in (_parent, *(end for child in _children for end in (child.peer, child.alive))):
+        if end:
             end.close()
+    for child in _children:
         if child.process.pid is not None:
-            # At exit multiprocessing would take the exit code from the parent, and wait.
+            # At exit multiprocessing would read the exit code, which is the parent's, and wait.
             os.dup2(os.open(os.devnull, os.O_RDONLY), child.process.sentinel)
             child.process.join = lambda timeout=None: None
     _registry_lock, _start_lock = threading.Lock(), threading.RLock()
-    _stores, _exiting, _link = {}, False, None
+    _pools, _exiting, _parent = {}, False, None
     _children.clear()
     _ids.clear()
-    vars(_here).clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def _shutdown() -> None:
     """At exit finish the work, within SHUTDOWN_TIMEOUT; fail what is left, and say so."""
     global _exiting
-    stores = [store for store in _all_stores() if store.pools]
     lost: list[str] = []
-    try:
-        _await_work(stores, lost)
-    except KeyboardInterrupt:
-        pass
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        _await_work(lost)
     with _start_lock:
         _exiting = True
-    for store in stores:
-        lost += _give_up(store)
+    lost += [result_id for pool in _pools.values() for result_id in pool.give_up()]
     if lost:
-        logger.warning("The process exits: %s tasks were not finished and are FAILED: %s",
-                       len(lost), ", ".join(lost))
-    end = time.monotonic() + 5
-    for store in stores:
-        for pool in store.pools:
-            for worker in list(pool.workers):
-                if pool.config.backend_class.uses_processes:
-                    worker.left.wait(max(0.0, end - time.monotonic()))
+        logger.warning("The process exits, %s tasks are FAILED: %s", len(lost), ", ".join(lost))
     for child in list(_children):
-        child.kill()
+        child.stop()
 
 
-def _await_work(stores: list[_Store], lost: list[str]) -> None:
-    """Wait until nothing is pending or running; give up each store when its time is over."""
-    begun = time.monotonic()
-    timeouts = {store: store.pools[-1].options["SHUTDOWN_TIMEOUT"] for store in stores}
-    stores = sorted(stores, key=lambda store: (timeouts[store] is None, timeouts[store] or 0))
-    ids = [
-        result_id for store in stores for result_id in store.unfinished() if timeouts[store] != 0
-    ]
-    if ids:
-        logger.warning(
-            "The process exits once %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT "
-            "limits the wait: %s", len(ids), ", ".join(ids),
-        )
-    while stores:
-        for store in stores:
-            limit = timeouts[store]
-            left = None if limit is None else max(0.0, begun + limit - time.monotonic())
-            future = store.future("")
-            try:
-                if future:
-                    future.result(left)
-            except concurrent.futures.TimeoutError:
-                lost += _give_up(store)
-        stores = [store for store in stores if store.future("")]
+def _await_work(lost: list[str]) -> None:
+    """Wait until nothing is pending or running; give up each pool when its time is over."""
+    begun, said = time.monotonic(), False
+
+    def end(pool: _Pool) -> float:
+        limit = pool.config.options["SHUTDOWN_TIMEOUT"]
+        return math.inf if limit is None else begun + limit
+
+    while busy := [pool for pool in sorted(_pools.values(), key=end) if pool.future(None)]:
+        ids = [result_id for pool in busy if end(pool) > begun for result_id in pool.unfinished()]
+        if ids and not said:
+            text = "The process exits when %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits it: %s"
+            logger.warning(text, len(ids), ", ".join(ids))
+            said = True
+        try:
+            busy[0].wait(None, min(max(0.0, end(busy[0]) - time.monotonic()), threading.TIMEOUT_MAX))
+        except TimeoutError:
+            lost += busy[0].give_up()
 
 
-def _give_up(store: _Store) -> list[str]:
-    """Fail all that is not finished under an alias, stop its workers and return the ids."""
-    with store.lock:
-        records = list(store.active.values())
-        for pool in store.pools:
-            pool.retired = True
-            pool.ready.clear()
-            pool.deferred.clear()
-            pool.arrival.notify_all()
-        workers = [worker for pool in store.pools for worker in pool.workers]
-    for worker in workers:
-        worker.give_up()
-    store.pools[-1].abandon(records, "the process exits, and its SHUTDOWN_TIMEOUT is over")
-    return [record.id for record in records]
-
-
-# Not atexit: by then concurrent.futures takes no more work, and async_to_sync() needs it. These
-# hooks run last in, first out: this one before that of concurrent.futures, imported above.
+# Not atexit: by then concurrent.futures takes no more work, and async_to_sync() needs it. These hooks
+# run last in, first out: this one before that of concurrent.futures, imported above.
 threading._register_atexit(_shutdown)  # type: ignore[attr-defined]
 
 
@@ -1329,172 +1160,110 @@ class LocalTask(Task):  # type: ignore[type-arg]
 
 
 class _PoolBackend(BaseTaskBackend):
-    """What both backends have in common. In a child process each call goes to the parent."""
+    """What both backends have in common."""
 
     task_class = LocalTask
-    supports_defer = True
-    supports_async_task = True
-    supports_get_result = True
-    supports_priority = True
-    uses_processes = False
-    worker_class = _Worker
+    supports_defer = supports_async_task = supports_get_result = supports_priority = True
+    worker_class: type[_Worker] = _Worker
 
     def __init__(self, alias: str, params: dict[str, Any]) -> None:
         """Check ``params``, that is ``TASKS[alias]``, and start nothing.
 
-        Raise InvalidTaskBackend, of the backport InvalidTaskBackendError, for a wrong option.
+        Raise InvalidTaskBackend (of the backport InvalidTaskBackendError) for a wrong option.
         """
         super().__init__(alias, params)
-        self._config = _configure(type(self), alias, params)
+        self.config = _configure(type(self), alias, params)
 
     def enqueue(
         self, task: Task, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> TaskResult:
         """Queue up ``task`` and return its result, READY.
 
-        Raise InvalidTask (of the backport InvalidTaskError); TypeError or ValueError where the
-        arguments are not JSON; TaskQueueFull; RuntimeError while the interpreter exits.
+        Raise InvalidTask (of the backport InvalidTaskError); TypeError or ValueError where the arguments
+        are not JSON; TaskQueueFull; RuntimeError while the interpreter exits.
         """
         self.validate_task(task)
-        record = _Record(self.alias, task, self._payload(task, [*args], {**(kwargs or {})}), _new_id())
-        on_commit = getattr(task, "enqueue_on_commit", None)
-        database = self._config.on_commit if on_commit is None else _database(self.alias, on_commit)
-        if database and transaction.get_connection(database).in_atomic_block:
-            transaction.on_commit(functools.partial(self._submit, record), using=database)
-            return record.snapshot()
-        return self._submit(record)
-
-    def _payload(self, task: Task, args: list[Any], kwargs: dict[str, Any]) -> bytes:
-        if self._config.options["RESULTS_CACHE"]:
+        if self.config.options["RESULTS_CACHE"] or self.worker_class is not _Worker:
             _reference(task.func)
-        return _dump([args, kwargs])
+        record = _Record(task, self._payload([[*args], {**(kwargs or {})}]), _new_id(), self.alias)
+        on_commit = getattr(task, "enqueue_on_commit", None)
+        on_commit = self.config.params.get("ENQUEUE_ON_COMMIT", False) if on_commit is None else on_commit
+        database = _database(self.alias, on_commit)
+        submit = functools.partial(_pool(self.alias).submit, record, self.config)
+        if database and transaction.get_connection(database).in_atomic_block:
+            transaction.on_commit(submit, using=database)
+            return record.result()
+        return submit().result()  # type: ignore[no-any-return]
 
-    def _submit(self, record: _Record) -> TaskResult:
-        if _link:
-            packed = _pack_task(record.task)
-            return _unpack(_link.call(self.alias, "enqueue", packed, record.payload, record.id))
-        result = None
-        while result is None:
-            result = _pool(self.alias, self._config).submit(record)
-        return result
-
-    def answer(self, method: str, *args: Any) -> Any:
-        """Do for a child what it asks, and return plain data."""
-        if method == "enqueue":
-            packed, payload, result_id = args
-            return _pack(self._submit(_Record(self.alias, _unpack_task(packed), payload, result_id)))
-        result = getattr(self, method)(*args)
-        return _pack(result) if isinstance(result, TaskResult) else result
+    def _payload(self, arguments: list[Any]) -> bytes:
+        return _dump(arguments)
 
     async def aenqueue(
         self, task: Task, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> TaskResult:
         """Do as ``enqueue``; in place, unless a cache is to be written."""
-        if self._config.options["RESULTS_CACHE"]:
+        if self.config.options["RESULTS_CACHE"]:
             return await sync_to_async(self.enqueue)(task, args, kwargs)
         return self.enqueue(task, args, kwargs)
 
     def get_result(self, result_id: str) -> TaskResult:
         """Return the result as it is now. Raise TaskResultDoesNotExist."""
-        if _link:
-            return _unpack(_link.call(self.alias, "get_result", str(result_id)))
-        return _store(self.alias).get(str(result_id)) or self._cached(str(result_id))
-
-    def _cached(self, result_id: str) -> TaskResult:
-        alias, packed = self._config.options["RESULTS_CACHE"], None
-        if alias:
-            cache, key = _cache(alias, self.alias, result_id)
-            packed = cache.get(key)
-        if packed:
-            return _unpack(packed)
-        hint = f"nor in the cache {alias!r}" if alias else "see the option RESULTS_CACHE"
+        result_id, alias = str(result_id), self.config.options["RESULTS_CACHE"]
+        if record := _pool(self.alias).get(result_id):
+            return record.result()  # type: ignore[no-any-return]
+        if alias and len(result_id) == 36 and result_id.replace("-", "").isalnum():  # Not any key.
+            if packed := _cache(alias).get(f"django_tasks_local.{self.alias}.{result_id}"):
+                return _unpack(packed).result()
         raise TaskResultDoesNotExist(
-            f"No task result {result_id!r} of {self.alias!r} in process {os.getpid()}: results are "
-            f"kept in the memory of the process that enqueued, at most MAX_RESULTS; {hint}"
+            f"No task result {result_id!r} of {self.alias!r} in process {os.getpid()}: results live in the "
+            f"memory of the process that enqueued, at most MAX_RESULTS, and in RESULTS_CACHE, here {alias}"
         )
 
     async def aget_result(self, result_id: str) -> TaskResult:
         """Do as ``get_result``; in place, unless a cache is to be read."""
-        if _link is None and self._config.options["RESULTS_CACHE"]:
-            result = _store(self.alias).get(str(result_id))
-            return result or await sync_to_async(self._cached)(str(result_id))
+        if self.config.options["RESULTS_CACHE"] and not _pool(self.alias).get(str(result_id)):
+            return await sync_to_async(self.get_result)(result_id)
         return self.get_result(result_id)
 
     def wait_result(self, result_id: str, timeout: float | None = None) -> TaskResult:
-        """Return the result once it is finished; wait for ``timeout`` seconds, or without end.
+        """Return the result once it is finished; wait for ``timeout`` seconds, None: without end.
 
-        Raise TimeoutError, TaskResultDoesNotExist, or RuntimeError in a task if this would be
-        for ever.
+        Raise TimeoutError; TaskResultDoesNotExist; in a task, RuntimeError if it would wait for ever.
         """
-        if _link:
-            return _unpack(_link.call(self.alias, "wait_result", str(result_id), timeout))
-        self._wait(str(result_id), timeout)
-        return self._finished(self.get_result(result_id))
-
-    def _finished(self, result: TaskResult) -> TaskResult:
-        if not result.is_finished:
-            raise TaskResultDoesNotExist(
-                f"Task result {result.id!r} is {result.status} in another process than {os.getpid()}"
-                f", its end cannot be waited for here"
-            )
-        return result
-
-    def _wait(self, result_id: str, timeout: float | None) -> None:
-        store, me = _store(self.alias), current_result_id.get("")
-        try:
-            if future := store.future(result_id):
-                future.result(timeout)
-        except concurrent.futures.TimeoutError:
-            raise _timed_out(result_id, timeout) from None
-        finally:
-            store.waiting.pop(me, None)
+        record = _pool(self.alias).wait(str(result_id), timeout)
+        return self._finished(record.result() if record else self.get_result(result_id))
 
     async def await_result(self, result_id: str, timeout: float | None = None) -> TaskResult:
         """Do as ``wait_result`` without blocking the event loop."""
-        if _link:
+        if _parent:
             return await sync_to_async(self.wait_result, thread_sensitive=False)(result_id, timeout)
-        store, me = _store(self.alias), current_result_id.get("")
-        try:
-            if future := store.future(str(result_id)):
-                await asyncio.wait_for(asyncio.wrap_future(future), timeout)
-        except asyncio.TimeoutError:
-            raise _timed_out(result_id, timeout) from None
-        finally:
-            store.waiting.pop(me, None)
-        return self._finished(await self.aget_result(result_id))
+        with _pool(self.alias).expect(str(result_id), timeout) as future:
+            record = future and await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+        return self._finished(record.result() if record else await self.aget_result(result_id))
+
+    def _finished(self, result: TaskResult) -> TaskResult:
+        if result.is_finished:
+            return result
+        where = f"in a process other than {os.getpid()}, so its end cannot be waited for"
+        raise TaskResultDoesNotExist(f"Task result {result.id!r} is {result.status} {where}")
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until nothing is pending or running; deferred tasks do not count.
 
-        Raise TimeoutError after ``timeout`` seconds, or RuntimeError in a task of this alias.
+        Raise TimeoutError after ``timeout`` seconds; RuntimeError in a task of this alias.
         """
-        if _link:
-            _link.call(self.alias, "join", timeout)
-        else:
-            self._wait("", timeout)
+        _pool(self.alias).wait(None, timeout)
 
     def stats(self) -> dict[str, int]:
-        """Return how many tasks are pending, deferred, running and finished, workers, and pid."""
-        return _link.call(self.alias, "stats") if _link else _store(self.alias).stats()
+        """Return the numbers of tasks pending, deferred, running, finished, and of workers; pid."""
+        return _pool(self.alias).stats()  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Finish what was enqueued, abandon what is deferred and stop the workers.
+        """Finish what was enqueued, abandon what is deferred and end the workers.
 
-        It waits, but not in a task. To enqueue afterwards starts afresh.
+        In a task it returns at once. To enqueue afterwards starts afresh.
         """
-        if _link:
-            _link.call(self.alias, "close")
-            return
-        for pool in list(_store(self.alias).pools):
-            pool.retire()
-            for worker in list(pool.workers):
-                if not hasattr(_here, "worker"):
-                    worker.left.wait()
-
-
-def _timed_out(result_id: str, timeout: float | None) -> TimeoutError:
-    what = f"Task result {result_id!r} is" if result_id else "Tasks are"
-    return TimeoutError(f"{what} not finished after {timeout} seconds")
+        _pool(self.alias).close()
 
 
 class ThreadPoolBackend(_PoolBackend):
@@ -1504,18 +1273,14 @@ class ThreadPoolBackend(_PoolBackend):
 class ProcessPoolBackend(_PoolBackend):
     """Runs tasks in child processes: for work that computes. What goes in and out is pickleable."""
 
-    uses_processes = True
     worker_class = _ProcessWorker
 
-    def _payload(self, task: Task, args: list[Any], kwargs: dict[str, Any]) -> bytes:
-        _reference(task.func)
+    def _payload(self, arguments: list[Any]) -> bytes:
         try:
-            return _dump([args, kwargs])
+            return _dump(arguments)
         except TypeError:
             try:
-                pickle.dumps((args, kwargs))
+                pickle.dumps(arguments)
             except Exception as error:
-                raise ValueError(
-                    f"Arguments of {task.module_path} must be pickleable, and JSON: {error}"
-                ) from error
+                raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
             raise
