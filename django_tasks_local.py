@@ -251,7 +251,7 @@ _TASK_RESULT_FIELDS = (
 class _Record(NamedTuple):
     """What is known of one task."""
 
-    task: Task
+    task: Task[..., Any]
     payload: bytes  # The marshalled [args, kwargs].
     id: str
     alias: str
@@ -263,14 +263,14 @@ class _Record(NamedTuple):
     error: tuple[str, str] | None = None  # Class path and traceback.
     value: bytes = _NONE  # The marshalled return value.
 
-    def result(self) -> TaskResult:
+    def result(self) -> TaskResult[..., Any]:
         """Return a TaskResult of its own; to call ``TaskResult()`` would take five times as long."""
         path, text = self.error or ("", "")
         errors = [TaskError(exception_class_path=path, traceback=text)] if self.error else []
         workers = [self.worker_id] if self.worker_id else []
         times = (self.enqueued_at, self.started_at, self.finished_at, self.started_at)
         head = (self.task, *marshal.loads(self.payload), self.id, self.alias, self.status)
-        result: TaskResult = object.__new__(TaskResult)
+        result: TaskResult[..., Any] = object.__new__(TaskResult)
         values = (*head, *times, errors, workers, marshal.loads(self.value))
         for name, value in zip(_TASK_RESULT_FIELDS, values, strict=True):
             object.__setattr__(result, name, value)
@@ -288,7 +288,7 @@ _TIMES = ("enqueued_at", "started_at", "finished_at")
 
 
 def _iso(moment: datetime | None) -> str | None:
-    return moment and moment.isoformat()
+    return moment.isoformat() if moment else None
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -302,7 +302,9 @@ def _unpack(packed: Mapping[str, Any]) -> _Record:
     if not callable(func):
         raise InvalidTask(f"Task function {module}.{name} was not found in process {os.getpid()}")
     task_class = LocalTask if "enqueue_on_commit" in packed["task"] else Task
-    task = task_class(**{**packed["task"], "func": func, "run_after": _moment(packed["task"]["run_after"])})
+    task: Any = task_class(
+        **{**packed["task"], "func": func, "run_after": _moment(packed["task"]["run_after"])}
+    )
     times = {name: _moment(packed[name]) for name in _TIMES}
     return _Record(**{**packed, **times, "task": task, "status": TaskResultStatus(packed["status"])})
 
@@ -344,17 +346,18 @@ def _call(record: _Record, pickleable: str = "") -> bytes:
 def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> tuple[str, str, str]:
     """Return class path, traceback and text of the ``error`` that is handled: the frames from those of
     ``func`` on, or without ours. None of the error's own code is trusted, not even to return."""
-    if isinstance(error, _RemoteError):
+    if issubclass(type(error), _RemoteError):
         error.__traceback__ = None
         return error.args  # type: ignore[return-value]
-    frames, code, text = sys.exc_info()[2], getattr(func, "__code__", None), ""
+    frames, code = sys.exc_info()[2], getattr(func, "__code__", None)
     while frames and (
         frames.tb_frame.f_code is not code if code else frames.tb_frame.f_code.co_filename == __file__
     ):
         frames = frames.tb_next
     BaseException.with_traceback(error, frames)
-    path = f"{type(error).__module__}.{type(error).__qualname__}".replace("__mp_main__", "__main__")
+    path, text = "builtins.BaseException", ""
     with contextlib.suppress(BaseException):
+        path = f"{type(error).__module__}.{type(error).__qualname__}".replace("__mp_main__", "__main__")
         text = str(error)
     try:
         return path, "".join(traceback.format_exception(type(error), error, frames)), text
@@ -418,22 +421,22 @@ class _Peer:
 def _outcome(name: str, *args: Any) -> tuple[Any, ...]:
     """Call one of the functions that parent and child offer each other."""
     try:
-        return "returned", {"load": _load, "run": _run, "pool": _call_pool}[name](*args)
+        return "returned", globals()[f"_answer_{name}"](*args)
     except BaseException as error:
         return "raised", *_describe(error)
 
 
 _parent: _Peer | None = None  # Set in a child, and there only.
 _begun: Any = None  # There a counter, shared with the parent: of the tasks that were begun.
-_loaded: dict[str, Task] = {}  # There the tasks that were imported, by reference.
+_loaded: dict[str, Task[..., Any]] = {}  # There the tasks that were imported, by reference.
 
 
-def _load(packed: Mapping[str, Any]) -> None:
+def _answer_load(packed: Mapping[str, Any]) -> None:
     """In a child: import the task of a record."""
     _loaded[packed["task"]["func"]] = _unpack(packed).task
 
 
-def _run(reference: str, packed: dict[str, Any]) -> bytes:
+def _answer_run(reference: str, packed: dict[str, Any]) -> bytes:
     """In a child: run a task, of which ``packed`` holds the whole record if the task asks for it."""
     record = _unpack(packed) if "task" in packed else _Record(_loaded[reference], **packed)
     current_result_id.set(record.id)
@@ -447,11 +450,11 @@ def _run(reference: str, packed: dict[str, Any]) -> bytes:
         _clean_connections()
 
 
-def _call_pool(alias: str, method: str, args: list[Any], deadline: float | None) -> Any:
+def _answer_pool(alias: str, method: str, args: list[Any], deadline: float | None) -> Any:
     """In the parent: call a pool for a child, which may wait for no longer than its task may run."""
     args = [_unpack(arg) if isinstance(arg, dict) else arg for arg in args]
     if method == "submit":
-        args.append(task_backends[alias].config)
+        args.append(task_backends[alias].config)  # type: ignore[attr-defined]
     if method == "wait" and deadline:
         left = max(0.0, deadline - time.monotonic())
         args[1] = left if args[1] is None else min(args[1], left)
@@ -545,7 +548,7 @@ def _kill_group(pid: int) -> None:
 def _site() -> tuple[dict[str, str], dict[str, bytes]]:
     """Return what a child needs to be set up alike: the environment, and settings made in code."""
     module = sys.modules.get(os.environ.get("DJANGO_SETTINGS_MODULE", ""))
-    values = {}
+    values: dict[str, bytes] = {}
     for name in filter(settings.is_overridden, filter(str.isupper, dir(settings))):
         value = getattr(settings, name)
         # A test run renames the databases in place.
@@ -729,7 +732,7 @@ class _Pool:
         except RuntimeError as error:
             logger.warning("No more workers could be started for %r: %s", self.alias, error)
             with self.lock:
-                self.workers.discard(worker)  # type: ignore[arg-type]
+                self.workers.discard(worker)
                 self.starting, lost = None, []
                 if not self.workers:
                     self.ready, lost = [], [self.active[entry[2]] for entry in self.ready]
@@ -1039,7 +1042,7 @@ class _ProcessWorker(_Worker):
                 packed = started.pack() if record.task.takes_context else short
                 child.sent += 1
                 deadline = limit and time.monotonic() + limit
-                return context.run(child.call, "run", reference, packed, deadline=deadline)
+                return context.run(child.call, "run", reference, packed, deadline=deadline)  # type: ignore[no-any-return]
             except (ChildProcessError, TimeoutError):
                 self.child = None
                 # A child that died idle has not begun the task: another one takes it.
@@ -1174,10 +1177,8 @@ class _PoolBackend(BaseTaskBackend):
         super().__init__(alias, params)
         self.config = _configure(type(self), alias, params)
 
-    def enqueue(
-        self, task: Task, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> TaskResult:
-        """Queue up ``task`` and return its result, READY.
+    def enqueue(self, task: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Queue up a Task with its arguments and return its TaskResult, READY.
 
         Raise InvalidTask (of the backport InvalidTaskError); TypeError or ValueError where the arguments
         are not JSON; TaskQueueFull; RuntimeError while the interpreter exits.
@@ -1198,15 +1199,13 @@ class _PoolBackend(BaseTaskBackend):
     def _payload(self, arguments: list[Any]) -> bytes:
         return _dump(arguments)
 
-    async def aenqueue(
-        self, task: Task, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> TaskResult:
+    async def aenqueue(self, task: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do as ``enqueue``; in place, unless a cache is to be written."""
         if self.config.options["RESULTS_CACHE"]:
             return await sync_to_async(self.enqueue)(task, args, kwargs)
         return self.enqueue(task, args, kwargs)
 
-    def get_result(self, result_id: str) -> TaskResult:
+    def get_result(self, result_id: str) -> TaskResult[..., Any]:
         """Return the result as it is now. Raise TaskResultDoesNotExist."""
         result_id, alias = str(result_id), self.config.options["RESULTS_CACHE"]
         if record := _pool(self.alias).get(result_id):
@@ -1219,13 +1218,13 @@ class _PoolBackend(BaseTaskBackend):
             f"memory of the process that enqueued, at most MAX_RESULTS, and in RESULTS_CACHE, here {alias}"
         )
 
-    async def aget_result(self, result_id: str) -> TaskResult:
+    async def aget_result(self, result_id: str) -> TaskResult[..., Any]:
         """Do as ``get_result``; in place, unless a cache is to be read."""
         if self.config.options["RESULTS_CACHE"] and not _pool(self.alias).get(str(result_id)):
             return await sync_to_async(self.get_result)(result_id)
         return self.get_result(result_id)
 
-    def wait_result(self, result_id: str, timeout: float | None = None) -> TaskResult:
+    def wait_result(self, result_id: str, timeout: float | None = None) -> TaskResult[..., Any]:
         """Return the result once it is finished; wait for ``timeout`` seconds, None: without end.
 
         Raise TimeoutError; TaskResultDoesNotExist; in a task, RuntimeError if it would wait for ever.
@@ -1233,7 +1232,7 @@ class _PoolBackend(BaseTaskBackend):
         record = _pool(self.alias).wait(str(result_id), timeout)
         return self._finished(record.result() if record else self.get_result(result_id))
 
-    async def await_result(self, result_id: str, timeout: float | None = None) -> TaskResult:
+    async def await_result(self, result_id: str, timeout: float | None = None) -> TaskResult[..., Any]:
         """Do as ``wait_result`` without blocking the event loop."""
         if _parent:
             return await sync_to_async(self.wait_result, thread_sensitive=False)(result_id, timeout)
@@ -1241,7 +1240,7 @@ class _PoolBackend(BaseTaskBackend):
             record = future and await asyncio.wait_for(asyncio.wrap_future(future), timeout)
         return self._finished(record.result() if record else await self.aget_result(result_id))
 
-    def _finished(self, result: TaskResult) -> TaskResult:
+    def _finished(self, result: TaskResult[..., Any]) -> TaskResult[..., Any]:
         if result.is_finished:
             return result
         where = f"in a process other than {os.getpid()}, so its end cannot be waited for"
@@ -1284,3 +1283,75 @@ class ProcessPoolBackend(_PoolBackend):
             except Exception as error:
                 raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
             raise
+# --- Demonstration: python -m django_tasks_local --------------------------------------------------
+
+
+def _demo_wait(seconds: float) -> str:
+    time.sleep(seconds)
+    return f"waited {seconds} s"
+
+
+def _demo_count(steps: int) -> int:
+    from django.core.cache import cache
+
+    total = 0
+    for step in range(steps):
+        total += sum(number % 7 for number in range(300_000))
+        if result_id := current_result_id.get(None):
+            cache.set(result_id, 100 * (step + 1) // steps)
+    return total
+
+
+def _demo_fail() -> None:
+    raise ValueError("an error, to show one")
+
+
+def _demonstrate() -> None:
+    import tempfile
+
+    from django.core.cache import cache
+
+    logging.disable()
+    begun, cores = time.perf_counter(), min(os.cpu_count() or 1, 4)
+    files = {"BACKEND": "django.core.cache.backends.filebased.FileBasedCache", "LOCATION": tempfile.mkdtemp()}
+    classes: dict[str, type[_PoolBackend]] = {"threads": ThreadPoolBackend, "processes": ProcessPoolBackend}
+    backends = {alias: {"BACKEND": f"{__name__}.{kind.__name__}"} for alias, kind in classes.items()}
+    settings.configure(CACHES={"default": files}, TASKS=backends, USE_TZ=True)
+    django.setup()
+
+    def say(text: str) -> float:
+        print(f"{time.perf_counter() - begun:5.2f} s  {text}", flush=True)
+        return time.perf_counter()
+
+    def show(task_result: Any, **kwargs: Any) -> None:
+        result, path = task_result, "".join(error.exception_class_path for error in task_result.errors)
+        say(f"  {result.status.value:<10} {result.task.name}({', '.join(map(str, result.args))}) {path}")
+
+    for sent in _SIGNALS:
+        sent.connect(show)
+    threads, processes = (kind(alias, backends[alias]) for alias, kind in classes.items())
+    wait, fail = (LocalTask(func=func, backend="threads") for func in (_demo_wait, _demo_fail))
+    count = LocalTask(func=_demo_count, backend="processes")
+    start = say("ThreadPoolBackend: four tasks that wait half a second each, at once, and one that fails")
+    results = [task.enqueue(*args) for task, args in [*[(wait, (0.5,))] * 4, (fail, ())]]
+    threads.join()
+    end = say(f"That was {threads.get_result(results[-1].id).errors[0].traceback.splitlines()[-1]}")
+    say(f"2 s of waiting took {end - start:.1f} s")
+    for result in [count.enqueue(1) for _ in range(cores)]:
+        processes.wait_result(result.id)
+    start = say(
+        f"ProcessPoolBackend: {2 * cores} tasks that compute, first inline, then in {cores} processes"
+    )
+    for _ in range(2 * cores):
+        _demo_count(20)
+    inline = time.perf_counter() - start
+    start = say(f"  inline: {inline:.1f} s")
+    results = [count.enqueue(20) for _ in range(2 * cores)]
+    while processes.stats()["pending"] + processes.stats()["running"]:
+        time.sleep(0.2)
+        say("  progress   " + "  ".join(f"{cache.get(result.id, 0):3} %" for result in results))
+    say(f"In processes: {inline / (time.perf_counter() - start):.1f} times as fast as inline")
+
+
+if __name__ == "__main__":  # As a module of its own name, so that children find the tasks.
+    importlib.import_module(__spec__.name if __spec__ else "django_tasks_local")._demonstrate()
