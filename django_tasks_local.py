@@ -50,7 +50,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -63,6 +62,7 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.signals import setting_changed
 from django.db import connections, transaction
+from django.db.backends.signals import connection_created
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
@@ -138,9 +138,10 @@ class _Config(NamedTuple):
     backend_class: Any  # Of _PoolBackend.
     params: dict[str, Any]
     options: dict[str, Any]
+    on_commit: str | None  # The database whose commit is to enqueue.
 
 
-_NO_CONFIG = _Config(0, None, {}, _DEFAULTS)
+_NO_CONFIG = _Config(0, None, {}, _DEFAULTS, None)
 
 
 def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, Any]) -> _Config:
@@ -154,8 +155,8 @@ def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, 
     for name, value in given.items():
         if problem := _problem(name, value, backend_class):
             raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS']: {name!r} {problem}, got {value!r}")
-    _database(alias, params.get("ENQUEUE_ON_COMMIT", False))
-    _configs[alias] = _Config(next(_serials), backend_class, copy.deepcopy(params), {**_DEFAULTS, **given})
+    options, on_commit = {**_DEFAULTS, **given}, _database(alias, params.get("ENQUEUE_ON_COMMIT", False))
+    _configs[alias] = _Config(next(_serials), backend_class, copy.deepcopy(params), options, on_commit)
     return _configs[alias]
 
 
@@ -196,9 +197,10 @@ def _new_id() -> str:
     try:
         return _ids.popleft()
     except IndexError:
-        noise = os.urandom(16 * 64)
-        _ids.extend(str(uuid.UUID(bytes=noise[i : i + 16], version=4)) for i in range(16, 16 * 64, 16))
-        return str(uuid.UUID(bytes=noise[:16], version=4))
+        noise = os.urandom(16 * 64).hex()
+        for h in (noise[i : i + 32] for i in range(0, 32 * 64, 32)):
+            _ids.append(f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{'89ab'[int(h[16], 16) % 4]}{h[17:20]}-{h[20:]}")
+        return _new_id()
 
 
 def _dump(value: Any) -> bytes:
@@ -242,12 +244,6 @@ def _reference(func: Callable[..., Any]) -> str:
     )
 
 
-_TASK_RESULT_FIELDS = (
-    *("task", "args", "kwargs", "id", "backend", "status", "enqueued_at", "started_at", "finished_at"),
-    *("last_attempted_at", "errors", "worker_ids", "_return_value"),
-)
-
-
 class _Record(NamedTuple):
     """What is known of one task."""
 
@@ -255,25 +251,32 @@ class _Record(NamedTuple):
     payload: bytes  # The marshalled [args, kwargs].
     id: str
     alias: str
-    status: TaskResultStatus = TaskResultStatus.READY
     enqueued_at: datetime | None = None
+    status: TaskResultStatus = TaskResultStatus.READY
+    worker_id: str | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
-    worker_id: str | None = None
     error: tuple[str, str] | None = None  # Class path and traceback.
     value: bytes = _NONE  # The marshalled return value.
 
     def result(self) -> TaskResult[..., Any]:
         """Return a TaskResult of its own; to call ``TaskResult()`` would take five times as long."""
+        args, kwargs = marshal.loads(self.payload)
         path, text = self.error or ("", "")
-        errors = [TaskError(exception_class_path=path, traceback=text)] if self.error else []
-        workers = [self.worker_id] if self.worker_id else []
-        times = (self.enqueued_at, self.started_at, self.finished_at, self.started_at)
-        head = (self.task, *marshal.loads(self.payload), self.id, self.alias, self.status)
-        result: TaskResult[..., Any] = object.__new__(TaskResult)
-        values = (*head, *times, errors, workers, marshal.loads(self.value))
-        for name, value in zip(_TASK_RESULT_FIELDS, values, strict=True):
-            object.__setattr__(result, name, value)
+        result, put = object.__new__(TaskResult), object.__setattr__
+        put(result, "task", self.task)
+        put(result, "args", args)
+        put(result, "kwargs", kwargs)
+        put(result, "id", self.id)
+        put(result, "backend", self.alias)
+        put(result, "status", self.status)
+        put(result, "enqueued_at", self.enqueued_at)
+        put(result, "started_at", self.started_at)
+        put(result, "last_attempted_at", self.started_at)
+        put(result, "finished_at", self.finished_at)
+        put(result, "errors", [TaskError(exception_class_path=path, traceback=text)] if path else [])
+        put(result, "worker_ids", [self.worker_id] if self.worker_id else [])
+        put(result, "_return_value", marshal.loads(self.value))
         return result
 
     def pack(self) -> dict[str, Any]:
@@ -348,7 +351,7 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
     ``func`` on, or without ours. None of the error's own code is trusted, not even to return."""
     if issubclass(type(error), _RemoteError):
         error.__traceback__ = None
-        return error.args  # type: ignore[return-value]
+        return error.args
     frames, code = sys.exc_info()[2], getattr(func, "__code__", None)
     while frames and (
         frames.tb_frame.f_code is not code if code else frames.tb_frame.f_code.co_filename == __file__
@@ -365,9 +368,25 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
         return path, "".join([*traceback.format_tb(frames), f"{path}: {text}\n"]), text
 
 
+class _Here(threading.local):
+    """What is known of a thread."""
+
+    connected = False  # Until it is there is nothing to clean, and even to look would take its time.
+
+
+_here = _Here()
+
+
+def _note_connection(**kwargs: Any) -> None:
+    _here.connected = True
+
+
+connection_created.connect(_note_connection)
+
+
 def _clean_connections() -> None:
     """Leave the next task no stale connection, no open transaction and no query log."""
-    for connection in connections.all(initialized_only=True):
+    for connection in connections.all(initialized_only=True) if _here.connected else ():
         try:
             connection.queries_log.clear()
             connection.close_if_unusable_or_obsolete()
@@ -401,17 +420,21 @@ class _Peer:
             raise TimeoutError("The task ran for longer than its TASK_TIMEOUT")
         return marshal.loads(self.reader.recv_bytes())  # type: ignore[no-any-return]
 
-    def call(self, name: str, *args: Any, deadline: float | None = None) -> Any:
+    def call(
+        self, name: str, *args: Any, deadline: float | None = None, context: Any = None, meanwhile: Any = None
+    ) -> Any:
         """Return what the other end returns; raise _RemoteError for what it raises."""
         if name:  # Or wait for what comes unasked, when the child is set up.
             self.send(name, *args)
+        if meanwhile:
+            meanwhile()
         while True:
             kind, content = self.receive(deadline)
             if kind == "returned":
                 return content[0]
             if kind == "raised":
                 raise _RemoteError(*content)
-            self.send(*_outcome(kind, *content, deadline))
+            self.send(*context.run(_outcome, kind, *content, deadline))
 
     def close(self) -> None:
         self.reader.close()
@@ -452,12 +475,12 @@ def _answer_run(reference: str, packed: dict[str, Any]) -> bytes:
 
 def _answer_pool(alias: str, method: str, args: list[Any], deadline: float | None) -> Any:
     """In the parent: call a pool for a child, which may wait for no longer than its task may run."""
-    args = [_unpack(arg) if isinstance(arg, dict) else arg for arg in args]
     if method == "submit":
-        args.append(task_backends[alias].config)  # type: ignore[attr-defined]
+        _pool(alias).submit(_unpack(args[0]), task_backends[alias].config)  # type: ignore[attr-defined]
+        return None
     if method == "wait" and deadline:
         left = max(0.0, deadline - time.monotonic())
-        args[1] = left if args[1] is None else min(args[1], left)
+        args = [args[0], left if args[1] is None else min(args[1], left)]
     reply = getattr(_pool(alias), method)(*args)
     return reply.pack() if isinstance(reply, _Record) else reply
 
@@ -471,16 +494,17 @@ class _Remote:
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return functools.partial(self.ask, method)
 
+    def submit(self, record: _Record, config: _Config) -> TaskResult[..., Any]:
+        self.ask("submit", record.pack())
+        return record.result()
+
     def ask(self, method: str, *args: Any) -> Any:
         assert _parent
-        plain = [
-            arg.pack() if isinstance(arg, _Record) else arg for arg in args if not isinstance(arg, _Config)
-        ]
         try:
             with _parent.lock:
                 if not _parent.listens:
                     raise RuntimeError(f"{method}() was called in a child process where no task runs")
-                reply = _parent.call("pool", self.alias, method, plain)
+                reply = _parent.call("pool", self.alias, method, args)
         except _RemoteError as error:
             raise error.original() from None
         return _unpack(reply) if isinstance(reply, dict) and "payload" in reply else reply
@@ -578,6 +602,7 @@ _inherited: list[Any] = []  # Forked connections of the parent: to close one wou
 
 _start_lock = threading.RLock()  # Guards _children; held to start a child, and to fork.
 _children: set[_Child] = set()
+_main_file = getattr(sys.modules["__main__"], "__file__", None)
 
 
 class _Child:
@@ -590,6 +615,7 @@ class _Child:
 
         self.sent, self.begun = 0, RawValue("L", 0)  # How many tasks were sent, and begun there.
         self.loaded: set[str] = set()
+        self.busy = False
         with _start_lock:
             if _exiting:
                 raise RuntimeError("The interpreter is exiting: no child process is started")
@@ -607,6 +633,9 @@ class _Child:
     def start(self, method: str, *ends: Any) -> None:
         import multiprocessing
 
+        main = sys.modules["__main__"]
+        if _main_file and not hasattr(main, "__file__"):  # At exit CPython deletes it.
+            main.__file__ = _main_file
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload([__name__])
@@ -617,10 +646,11 @@ class _Child:
         except ChildProcessError:  # A fork has left us with the fork server of our parent.
             self.start("spawn", *ends)
 
-    def call(self, name: str, *args: Any, deadline: float | None = None) -> Any:
+    def call(self, *args: Any, **options: Any) -> Any:
         """Return what the child returns; raise what it raises, TimeoutError or ChildProcessError."""
+        self.busy = True
         try:
-            return self.peer.call(name, *args, deadline=deadline)
+            return self.peer.call(*args, **options)
         except _RemoteError:
             raise
         except TimeoutError:
@@ -629,11 +659,19 @@ class _Child:
         except Exception:  # The pipe has ended, or holds what is not ours.
             self.process.join(1)
             self.kill()
+        finally:
+            self.busy = False
         code = self.process.exitcode
         how = f"ended with exit code {code}"
         with contextlib.suppress(TypeError, ValueError):  # Unless it is a signal, negated.
             how = f"was killed by {signal.Signals(-code).name}"
         raise ChildProcessError(f"Child process {self.process.pid} {how} before the task was done")
+
+    def end(self) -> None:
+        """End the process; its worker sees the pipes end, and closes them."""
+        if self.process.is_alive():
+            _kill_group(self.process.pid)
+            self.process.kill()
 
     def stop(self) -> None:
         """Let the idle child end, which takes a moment; kill it if it takes long."""
@@ -642,10 +680,8 @@ class _Child:
         self.kill()
 
     def kill(self) -> None:
-        if self.process.is_alive():
-            _kill_group(self.process.pid)
-            self.process.kill()
-            self.process.join()
+        self.end()
+        self.process.join()
         self.peer.close()
         self.alive.close()
         with _start_lock:
@@ -655,13 +691,39 @@ class _Child:
 # --- Queue, records and workers -------------------------------------------------------------------
 
 
+class _Lock:
+    """A lock that threads do not queue for, until they have tried for a while.
+
+    A queued thread is given a lock before it has the GIL: until it gets that, whoever wants the lock has
+    to queue, too. From then on each use of the lock costs two switches of threads.
+    """
+
+    def __init__(self, lock: Any) -> None:
+        self.acquire, self.release = lock.acquire, lock.release
+
+    def __enter__(self) -> None:
+        for _ in range(50):
+            if self.acquire(False):
+                return
+            time.sleep(0)
+        self.acquire()
+
+    def __exit__(self, *args: object) -> None:
+        self.release()
+
+
+_SIGNALS = (signals.task_enqueued, signals.task_started, signals.task_finished)
+_GATES = {sent: _Lock(sent.lock) for sent in _SIGNALS}
+
+
 class _Pool:
     """All there is under one alias; ``lock`` guards it."""
 
     def __init__(self, alias: str) -> None:
         self.alias, self.config = alias, _NO_CONFIG  # The latest that was enqueued with.
-        self.lock = threading.Lock()
-        self.work = threading.Condition(self.lock)  # Idle workers wait: for a task, or to leave.
+        self.lock = _Lock(threading.Lock())
+        # Idle workers wait on it: for a task, or to leave.
+        self.work = threading.Condition(self.lock)  # type: ignore[arg-type]
         self.active: dict[str, _Record] = {}  # Not finished.
         self.held: set[str] = set()  # What workers hold, until all that goes with it is done.
         self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
@@ -674,9 +736,9 @@ class _Pool:
         self.waiting: dict[str, str | None] = {}  # Which task waits for which.
         self.cache_failed = self.given_up = False
 
-    def submit(self, record: _Record, config: _Config) -> _Record:
+    def submit(self, record: _Record, config: _Config) -> TaskResult[..., Any]:
         """Keep, announce and queue a task, or raise and leave nothing behind."""
-        record = record._replace(enqueued_at=timezone.now())
+        result = record.result()
         with self.lock:
             if self.given_up or _exiting:
                 raise RuntimeError(f"The interpreter is exiting: {self.alias!r} takes no more tasks")
@@ -691,7 +753,7 @@ class _Pool:
                 )
             self.active[record.id] = record
         try:
-            signals.task_enqueued.send(sender=config.backend_class, task_result=record.result())
+            signals.task_enqueued.send(sender=config.backend_class, task_result=result)
         except BaseException:
             with self.lock:
                 del self.active[record.id]
@@ -707,7 +769,7 @@ class _Pool:
                 heapq.heappush(self.ready, entry)
             helper = self.call_helper()
         self.start(helper)
-        return record
+        return result
 
     def pending(self) -> int:
         return len(self.active) - len(self.deferred) - sum(key in self.active for key in self.held)
@@ -726,12 +788,14 @@ class _Pool:
 
     def start(self, worker: _Worker | None) -> None:
         """Start one worker more; if that fails, those who are there must do, if any are."""
+        if worker is None:
+            return
         try:
-            if worker:
-                worker.thread.start()
+            worker.thread.start()
         except RuntimeError as error:
             logger.warning("No more workers could be started for %r: %s", self.alias, error)
             with self.lock:
+                worker.left.set()
                 self.workers.discard(worker)
                 self.starting, lost = None, []
                 if not self.workers:
@@ -768,42 +832,43 @@ class _Pool:
             heapq.heappush(self.ready, heapq.heappop(self.deferred)[1])
         return None
 
-    def change(self, result_id: str, **changes: Any) -> _Record | None:
-        """Put a changed record in place of an active one and return it. None: it is finished."""
+    def begin(self, result_id: str, worker_id: str) -> _Record | None:
+        """Make a task RUNNING and return its record. None: it was given up meanwhile."""
         with self.lock:
-            if result_id not in self.active:
+            if (old := self.active.get(result_id)) is None:
                 return None
-            record = self.active[result_id] = self.active[result_id]._replace(**changes)
-            if record.finished_at:
-                self.finished[result_id] = self.active.pop(result_id)
-                while len(self.finished) > self.config.options["MAX_RESULTS"]:
-                    self.finished.popitem(last=False)
+            self.active[result_id] = _Record(*old[:5], TaskResultStatus.RUNNING, worker_id, timezone.now())
+            return self.active[result_id]
+
+    def finish(self, result_id: str, value: bytes, error: tuple[str, str] | None) -> _Record | None:
+        """Make a task SUCCESSFUL or FAILED and return its record. None: it is finished already."""
+        status = TaskResultStatus.FAILED if error else TaskResultStatus.SUCCESSFUL
+        with self.lock:
+            if (old := self.active.pop(result_id, None)) is None:
+                return None
+            record = _Record(*old[:5], status, old.worker_id, old.started_at, timezone.now(), error, value)
+            self.finished[result_id] = record
+            while len(self.finished) > self.config.options["MAX_RESULTS"]:
+                self.finished.popitem(last=False)
             return record
 
     def announce(self, sent: Any, record: _Record, context: contextvars.Context) -> None:
-        """Publish the record and send a signal; what a receiver raises is logged.
-
-        ``Signal.send`` takes a lock. A thread pre-empted inside hands it to one that waits for the GIL,
-        and from then on every ``send`` blocks. So stand back while another thread is inside.
-        """
+        """Publish the record and send a signal; what a receiver raises is logged."""
         self.publish(record)
-        for _ in range(20):
-            if sent.lock.acquire(blocking=False):
-                sent.lock.release()
-                break
-            time.sleep(0)
+        with _GATES[sent]:  # Which ``send`` takes, too, and most likely gets at once now.
+            pass
         try:
             context.run(sent.send_robust, sender=self.config.backend_class, task_result=record.result())
         except BaseException:
-            logger.exception("A signal receiver raised for task result %s", record.id)
+            with contextlib.suppress(BaseException):  # A log handler may raise as well.
+                logger.exception("A signal receiver raised for task result %s", record.id)
 
     def conclude(
         self, old: _Record, context: contextvars.Context, value: bytes, error: BaseException | None = None
     ) -> None:
         """Finish a task, unless it is finished, and let it be known."""
-        status = TaskResultStatus.FAILED if error else TaskResultStatus.SUCCESSFUL
-        changes = {"value": value, "error": _describe(error, old.task.func)[:2] if error else None}
-        if record := self.change(old.id, finished_at=timezone.now(), status=status, **changes):
+        described = None if error is None else _describe(error, old.task.func)[:2]
+        if record := self.finish(old.id, value, described):
             self.announce(signals.task_finished, record, context)
             _clean_connections()
         self.settle(old.id, record)
@@ -921,23 +986,27 @@ class _Pool:
     def drain(self, ids: list[str], config: _Config) -> None:
         for result_id in ids:
             self.wait(result_id, None)
+        for worker in self.dismiss(config):
+            worker.left.wait()
+
+    def dismiss(self, config: _Config | None = None) -> list[_Worker]:
+        """Have the workers leave, those of one configuration or all, and return them."""
         with self.lock:
-            workers = [worker for worker in self.workers if worker.config is config]
+            workers = [worker for worker in self.workers if config in (None, worker.config)]
             for worker in workers:
                 worker.leaving = True
             self.work.notify_all()
-        for worker in workers:
-            worker.thread.join()
+        return workers
 
     def give_up(self) -> list[str]:
         """Fail all that is not finished and return the ids; take nothing more."""
         with self.lock:
             self.given_up = True
-            records, workers = list(self.active.values()), list(self.workers)
+            records = list(self.active.values())
             self.ready, self.deferred = [], []
-        for worker in workers:
-            worker.give_up()
         self.abandon(records, "the process exits, and SHUTDOWN_TIMEOUT is over")
+        for worker in self.dismiss():
+            worker.give_up()
         return [record.id for record in records]
 
 
@@ -960,6 +1029,7 @@ class _Worker:
     def __init__(self, pool: _Pool, config: _Config) -> None:
         self.pool, self.config = pool, config
         self.leaving = False  # Set under the pool's lock: take no further task.
+        self.left = threading.Event()
         self.thread = threading.Thread(target=self.main, name=f"tasks-{pool.alias}", daemon=True)
 
     def main(self) -> None:
@@ -975,18 +1045,15 @@ class _Worker:
                 self.pool.conclude(record, context, value)
             del record, context
             self.prepare()
-        self.give_up()
-
-    def begin(self, record: _Record, worker_id: str) -> _Record | None:
-        """Make the task RUNNING and return its record; None: it was given up meanwhile."""
-        now, status = timezone.now(), TaskResultStatus.RUNNING
-        return self.pool.change(record.id, status=status, started_at=now, worker_id=worker_id)
+        self.finish()
+        connections.close_all()
+        self.left.set()
 
     def execute(self, record: _Record, context: contextvars.Context) -> bytes:
         """Run the task; return what it returns, as bytes, or raise what it raises."""
         pid = os.getpid()
         _clean_connections()
-        if not (started := self.begin(record, f"thread-{pid}-{threading.get_native_id()}")):
+        if not (started := self.pool.begin(record.id, f"thread-{pid}-{self.thread.native_id}")):
             return _NONE
         self.pool.announce(signals.task_started, started, context)
         try:
@@ -999,8 +1066,11 @@ class _Worker:
     def prepare(self) -> None:
         """Get ready for the next task."""
 
+    def finish(self) -> None:
+        """Let go of what the worker has."""
+
     def give_up(self) -> None:
-        """Stop what can be stopped."""
+        """Stop a task that runs, if that can be done."""
 
 
 class _ProcessWorker(_Worker):
@@ -1018,9 +1088,13 @@ class _ProcessWorker(_Worker):
             except Exception as error:
                 self.failure = error
 
+    def finish(self) -> None:
+        if self.child:
+            self.child.stop()
+
     def give_up(self) -> None:
-        if child := self.child:
-            child.kill() if self.pool.given_up else child.stop()
+        if (child := self.child) and child.busy:
+            child.end()
 
     def execute(self, record: _Record, context: contextvars.Context) -> bytes:
         reference, limit, started = _reference(record.task.func), self.config.options["TASK_TIMEOUT"], None
@@ -1031,18 +1105,18 @@ class _ProcessWorker(_Worker):
             child = self.child = self.child or _Child(self.config.options["START_METHOD"])
             try:
                 if reference not in child.loaded:
-                    child.call("load", record.pack())
+                    child.call("load", record.pack(), context=context)
                     child.loaded.add(reference)
-                again, started = started, self.begin(record, f"process-{child.process.pid}")
+                again, started = started, self.pool.begin(record.id, f"process-{child.process.pid}")
                 if not started:
                     return _NONE
-                if not again:
-                    self.pool.announce(signals.task_started, started, context)
                 short = {"payload": record.payload, "id": record.id, "alias": record.alias}
                 packed = started.pack() if record.task.takes_context else short
+                announce = functools.partial(self.pool.announce, signals.task_started, started, context)
                 child.sent += 1
                 deadline = limit and time.monotonic() + limit
-                return context.run(child.call, "run", reference, packed, deadline=deadline)  # type: ignore[no-any-return]
+                options = {"deadline": deadline, "context": context, "meanwhile": None if again else announce}
+                return child.call("run", reference, packed, **options)  # type: ignore[no-any-return]
             except (ChildProcessError, TimeoutError):
                 self.child = None
                 # A child that died idle has not begun the task: another one takes it.
@@ -1061,10 +1135,10 @@ def _pool(alias: str) -> Any:
     """Return what holds the tasks of an alias: here a _Pool, in a child a _Remote."""
     if _parent:
         return _Remote(alias)
+    if pool := _pools.get(alias):
+        return pool
     with _registry_lock:
-        if alias not in _pools:
-            _pools[alias] = _Pool(alias)
-        return _pools[alias]
+        return _pools.setdefault(alias, _Pool(alias))
 
 
 def _close_changed(*, setting: str, **kwargs: Any) -> None:
@@ -1075,7 +1149,6 @@ def _close_changed(*, setting: str, **kwargs: Any) -> None:
 
 
 setting_changed.connect(_close_changed)
-_SIGNALS = (signals.task_enqueued, signals.task_started, signals.task_finished)
 
 
 def _before_fork() -> None:
@@ -1123,8 +1196,11 @@ def _shutdown() -> None:
     lost += [result_id for pool in _pools.values() for result_id in pool.give_up()]
     if lost:
         logger.warning("The process exits, %s tasks are FAILED: %s", len(lost), ", ".join(lost))
+    end = time.monotonic() + 5  # Of the patience for idle children; those at work were ended.
+    while _children and time.monotonic() < end:
+        time.sleep(0.01)
     for child in list(_children):
-        child.stop()
+        child.end()
 
 
 def _await_work(lost: list[str]) -> None:
@@ -1186,15 +1262,17 @@ class _PoolBackend(BaseTaskBackend):
         self.validate_task(task)
         if self.config.options["RESULTS_CACHE"] or self.worker_class is not _Worker:
             _reference(task.func)
-        record = _Record(task, self._payload([[*args], {**(kwargs or {})}]), _new_id(), self.alias)
+        payload = self._payload([[*args], {**(kwargs or {})}])
+        record = _Record(task, payload, _new_id(), self.alias, enqueued_at=timezone.now())
         on_commit = getattr(task, "enqueue_on_commit", None)
-        on_commit = self.config.params.get("ENQUEUE_ON_COMMIT", False) if on_commit is None else on_commit
-        database = _database(self.alias, on_commit)
-        submit = functools.partial(_pool(self.alias).submit, record, self.config)
+        database = self.config.on_commit if on_commit is None else _database(self.alias, on_commit)
         if database and transaction.get_connection(database).in_atomic_block:
-            transaction.on_commit(submit, using=database)
-            return record.result()
-        return submit().result()  # type: ignore[no-any-return]
+            transaction.on_commit(functools.partial(self._submit_now, record), using=database)
+            return record._replace(enqueued_at=None).result()
+        return _pool(self.alias).submit(record, self.config)
+
+    def _submit_now(self, record: _Record) -> None:
+        _pool(self.alias).submit(record._replace(enqueued_at=timezone.now()), self.config)
 
     def _payload(self, arguments: list[Any]) -> bytes:
         return _dump(arguments)
