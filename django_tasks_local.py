@@ -341,8 +341,8 @@ def _call(record: _Record, pickleable: str = "") -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(
             f"Task {record.task.module_path} returned a {type(value).__module__}.{type(value).__qualname__} "
-            f"that cannot be kept ({error}). A return value must be JSON{pickleable}: None, bool, int, float, "
-            "str, UTF-8 bytes, or lists and dicts of these"
+            f"that cannot be kept ({error}). A return value must be JSON{pickleable}: None, bool, int, "
+            "float, str, UTF-8 bytes, or lists and dicts of these"
         ) from None
 
 
@@ -941,7 +941,7 @@ class _Pool:
         """Give a future for the time of a wait; raise TimeoutError where the wait does."""
         try:
             yield self.future(result_id)
-        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):  # noqa: UP041 until 3.11
+        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
             raise TimeoutError(f"{result_id or 'Tasks'} not finished after {timeout} seconds") from None
         finally:
             with self.lock:
@@ -1214,9 +1214,11 @@ def _await_work(lost: list[str]) -> None:
     while busy := [pool for pool in sorted(_pools.values(), key=end) if pool.future(None)]:
         ids = [result_id for pool in busy if end(pool) > begun for result_id in pool.unfinished()]
         if ids and not said:
-            text = "The process exits when %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits it: %s"
-            logger.warning(text, len(ids), ", ".join(ids))
             said = True
+            logger.warning(
+                "The process exits when %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits it: %s",
+                *(len(ids), ", ".join(ids)),
+            )
         try:
             busy[0].wait(None, min(max(0.0, end(busy[0]) - time.monotonic()), threading.TIMEOUT_MAX))
         except TimeoutError:
@@ -1361,6 +1363,8 @@ class ProcessPoolBackend(_PoolBackend):
             except Exception as error:
                 raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
             raise
+
+
 # --- Demonstration: python -m django_tasks_local --------------------------------------------------
 
 
