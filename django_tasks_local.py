@@ -941,7 +941,7 @@ class _Pool:
         """Give a future for the time of a wait; raise TimeoutError where the wait does."""
         try:
             yield self.future(result_id)
-        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
+        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):  # noqa: UP041 until 3.11
             raise TimeoutError(f"{result_id or 'Tasks'} not finished after {timeout} seconds") from None
         finally:
             with self.lock:
@@ -1216,7 +1216,7 @@ def _await_work(lost: list[str]) -> None:
         if ids and not said:
             said = True
             logger.warning(
-                "The process exits when %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits it: %s",
+                "The process exits once %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits: %s",
                 *(len(ids), ", ".join(ids)),
             )
         try:
@@ -1363,8 +1363,6 @@ class ProcessPoolBackend(_PoolBackend):
             except Exception as error:
                 raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
             raise
-
-
 # --- Demonstration: python -m django_tasks_local --------------------------------------------------
 
 

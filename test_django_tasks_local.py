@@ -489,9 +489,9 @@ def connect():
     connected = []
 
     def connect_all(receiver, *signals):
-        for signal in signals:
-            signal.connect(receiver)
-            connected.append((signal, receiver))
+        for source in signals:
+            source.connect(receiver)
+            connected.append((source, receiver))
 
     yield connect_all
     for source, receiver in connected:
