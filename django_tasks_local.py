@@ -941,7 +941,7 @@ class _Pool:
         """Give a future for the time of a wait; raise TimeoutError where the wait does."""
         try:
             yield self.future(result_id)
-        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):  # noqa: UP041 until 3.11
+        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
             raise TimeoutError(f"{result_id or 'Tasks'} not finished after {timeout} seconds") from None
         finally:
             with self.lock:
