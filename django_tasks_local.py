@@ -1363,6 +1363,8 @@ class ProcessPoolBackend(_PoolBackend):
             except Exception as error:
                 raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
             raise
+
+
 # --- Demonstration: python -m django_tasks_local --------------------------------------------------
 
 
