@@ -734,6 +734,7 @@ class _Pool:
         self.idle = 0
         self.futures: dict[str | None, Future[_Record | None]] = {}  # By id; None: when all is done.
         self.waiting: dict[str, str | None] = {}  # Which task waits for which.
+        self.waking = False  # Whether an idle one is on its way to the queue, to call the next one.
         self.cache_failed = self.given_up = False
 
     def submit(self, record: _Record, config: _Config) -> TaskResult[..., Any]:
@@ -777,7 +778,8 @@ class _Pool:
     def call_helper(self) -> _Worker | None:
         """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
         if self.idle:
-            if self.ready:
+            if self.ready and not self.waking:
+                self.waking = True
                 self.work.notify()
         elif (self.ready or self.deferred) and not self.starting:
             if len(self.workers) < self.config.options["MAX_WORKERS"]:
@@ -814,6 +816,7 @@ class _Pool:
                 self.idle += 1
                 self.work.wait(timeout)
                 self.idle -= 1
+                self.waking = False
             if leaving:
                 self.workers.discard(worker)
                 record = None

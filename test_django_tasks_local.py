@@ -161,6 +161,10 @@ def fail(message: str) -> None:
     raise ValueError(message)
 
 
+processes = pytest.mark.parametrize("kind", ["ProcessPoolBackend"])
+each_kind = pytest.mark.parametrize("kind", ["ThreadPoolBackend", "ProcessPoolBackend"])
+
+
 @pytest.fixture(params=["ThreadPoolBackend", "ProcessPoolBackend"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -1218,6 +1222,23 @@ def test_a_function_that_a_child_cannot_find_is_refused(kind, backend):
         UNREACHABLE[0].enqueue(1)
 
 
+@processes
+def test_a_function_that_a_child_lacks_fails_the_task_and_is_named(use, module_path):
+    (module_path / "halved.py").write_text(
+        f"import multiprocessing\nfrom {__name__} import task\n"
+        "def work():\n    pass\n"
+        "work_task = task(work)\n"
+        "if multiprocessing.parent_process():\n    del work\n"
+    )
+    use(MAX_WORKERS=1)
+    import halved
+
+    text = errors(finished(halved.work_task.enqueue()))
+    assert text.startswith(f"{InvalidTask.__module__}.{InvalidTask.__qualname__}\n")
+    assert "halved.work was not found in process" in text
+    assert outcome(echo.enqueue(1)) == [[1], {}]
+
+
 SCRIPT = """
     import json, sys, os
     from django.conf import settings
@@ -1380,6 +1401,35 @@ def test_a_task_enqueues_and_reads_on_all_aliases(alias):
 
 
 @task
+def enqueue_refused():
+    try:
+        echo.enqueue()
+    except BaseException as error:
+        return [type(error).__name__, str(error)]
+
+
+@processes
+@pytest.mark.parametrize(
+    ("error", "there", "text"),
+    [
+        (ValueError("own"), "ValueError", "own"),
+        (TwoArgumentsError("own", 2), "RuntimeError", "TwoArgumentsError: own"),
+        (SystemExit("own"), "RuntimeError", "builtins.SystemExit: own"),
+    ],
+)
+def test_a_child_gets_the_error_of_the_parent_or_its_name(use, connect, error, there, text):
+    use(MAX_WORKERS=1)
+
+    def receive(task_result, **kwargs):
+        if task_result.task == echo:
+            raise error
+
+    connect(receive, task_enqueued)
+    name, said = outcome(enqueue_refused.enqueue())
+    assert (name, said[-len(text) :]) == (there, text)
+
+
+@task
 def try_to_stop():
     backend = task_backends["default"]
     backend.close()
@@ -1392,6 +1442,46 @@ def try_to_stop():
 def test_in_a_task_close_returns_at_once_and_join_raises(backend):
     assert outcome(try_to_stop.enqueue()) == 1
     assert outcome(echo.enqueue(1)) == [[1], {}]
+
+
+# --- Threads that cannot be started, locks that others hold
+
+
+@pytest.mark.parametrize("running", [0, 1])
+def test_without_threads_tasks_go_to_the_workers_there_are_or_fail(
+    use, gate, signals, monkeypatch, caplog, running
+):
+    backend = use(MAX_WORKERS=2)
+    started = [wait_at.enqueue(gate.path, "done") for _ in range(running)]
+    for result in started:
+        await_signal(signals, "started", result.id)
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.startswith("tasks-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        refused = echo.enqueue(1)
+        if not running:
+            assert "no worker could be started: can't start new thread" in errors(finished(refused))
+    assert "can't start new thread" in caplog.text
+    assert backend.stats()["workers"] == running
+    gate.open()
+    assert [outcome(result) for result in started] == ["done"] * running
+    assert outcome(refused if running else echo.enqueue(1)) == [[1], {}]
+
+
+def test_a_worker_waits_as_long_as_somebody_holds_the_lock_of_a_signal(use):
+    backend = use(MAX_WORKERS=1)
+    assert outcome(echo.enqueue(1)) == [[1], {}]
+    with task_started.lock:
+        result = echo.enqueue(2)
+        with pytest.raises(TimeoutError):
+            backend.wait_result(result.id, 0.1)
+    assert outcome(result) == [[2], {}]
 
 
 # --- close()
@@ -1600,8 +1690,6 @@ def is_known(backend, result_id):
         return False
 
 
-processes = pytest.mark.parametrize("kind", ["ProcessPoolBackend"])
-each_kind = pytest.mark.parametrize("kind", ["ThreadPoolBackend", "ProcessPoolBackend"])
 STRESS = float(os.environ.get("TASKS_TEST_STRESS", 2))  # Seconds for each stress test.
 
 
@@ -2334,6 +2422,21 @@ def test_failed_transaction_swallows_nothing_of_the_next_task(use, database, mes
         cursor.execute("SELECT word FROM fault")
         assert cursor.fetchall() == [("written",)]
     task_backends["default"].close()
+
+
+@task
+def break_connection(database: str) -> None:
+    connections[database].ensure_connection()
+    connections[database].connection.close()  # Which Django does not notice.
+
+
+def test_connection_that_cannot_be_cleaned_is_dropped(use, kind, caplog):
+    use(MAX_WORKERS=1)
+    assert finished(break_connection.enqueue("kept")).status == SUCCESSFUL
+    assert finished(count_queries.enqueue("kept")).status == SUCCESSFUL
+    logged = [record.getMessage() for record in caplog.records if record.name == "django_tasks_local"]
+    said = ["Connection 'kept' could not be closed, it is dropped"]
+    assert logged == (said if kind == "ThreadPoolBackend" else []), "a child says it on its own"
 
 
 @task
@@ -3606,6 +3709,8 @@ def test_what_memory_has_evicted_is_read_from_the_cache(use, cache):
         echo.get_result(results[1].id)
 
     async def read() -> list[Any]:
+        last = await echo.aenqueue("y")
+        assert (await backend.await_result(last.id, TIMEOUT)).return_value == [["y"], {}]
         return [await backend.aget_result(result.id) for result in results]
 
     assert asyncio.run(read()) == results
