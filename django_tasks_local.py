@@ -625,10 +625,17 @@ class _Child:
             _children.add(self)
             try:
                 self.start(start_method or _START_METHODS[0], requests, answers, alive)
+            except BaseException:
+                self.forget()
+                raise
             finally:
                 for end in (requests, answers, alive):
                     end.close()
-        self.call("")
+        try:
+            self.call("")
+        except _RemoteError:  # Django could not be set up.
+            self.kill()
+            raise
 
     def start(self, method: str, *ends: Any) -> None:
         import multiprocessing
@@ -640,7 +647,7 @@ class _Child:
         if method == "forkserver":
             context.set_forkserver_preload([__name__])
         args = (*ends, self.begun, _site())
-        self.process = context.Process(target=_child_main, args=args, name="django-tasks-local")
+        self.process = context.Process(target=_child_main, args=args, name=_CHILD_NAME)
         try:
             self.process.start()
         except ChildProcessError:  # A fork has left us with the fork server of our parent.
@@ -682,6 +689,9 @@ class _Child:
     def kill(self) -> None:
         self.end()
         self.process.join()
+        self.forget()
+
+    def forget(self) -> None:
         self.peer.close()
         self.alive.close()
         with _start_lock:
@@ -932,7 +942,8 @@ class _Pool:
         chain: str | None = result_id or me
         while chain and chain != me:
             chain = self.waiting.get(chain)
-        if chain == me or len({*self.waiting, me}) >= self.config.options["MAX_WORKERS"]:
+        stuck = {key for key, other in self.waiting.items() if other is None or other in self.active}
+        if chain == me or len({*stuck, me}) >= self.config.options["MAX_WORKERS"]:
             raise RuntimeError(
                 f"Task result {me} would wait for {result_id or 'all tasks'} for ever: that one waits for "
                 f"this one, or all workers of {self.alias!r} wait"
@@ -980,11 +991,11 @@ class _Pool:
             ids = ", ".join(record.id for record in late)
             logger.warning("%r is closed, %s deferred tasks are abandoned: %s", self.alias, len(late), ids)
         self.abandon(late, "its pool was closed before it was due")
-        args = (self.drain, self.unfinished(), self.config)
-        closer = threading.Thread(target=contextvars.Context().run, args=args, daemon=True)
-        closer.start()
+        drain = functools.partial(contextvars.Context().run, self.drain, self.unfinished(), self.config)
         if current_result_id.get(None) is None if wait is None else wait:
-            closer.join()
+            drain()
+        else:
+            threading.Thread(target=drain, daemon=True).start()
 
     def drain(self, ids: list[str], config: _Config) -> None:
         for result_id in ids:
@@ -1100,7 +1111,8 @@ class _ProcessWorker(_Worker):
             child.end()
 
     def execute(self, record: _Record, context: contextvars.Context) -> bytes:
-        reference, limit, started = _reference(record.task.func), self.config.options["TASK_TIMEOUT"], None
+        reference, limit = _reference(record.task.func), self.config.options["TASK_TIMEOUT"]
+        again = started = None
         while True:
             failure, self.failure = self.failure, None
             if failure:
@@ -1132,6 +1144,7 @@ class _ProcessWorker(_Worker):
 _registry_lock = threading.Lock()
 _pools: dict[str, _Pool] = {}
 _exiting = False
+_CHILD_NAME = "django-tasks-local"
 
 
 def _pool(alias: str) -> Any:
@@ -1140,6 +1153,12 @@ def _pool(alias: str) -> Any:
         return _Remote(alias)
     if pool := _pools.get(alias):
         return pool
+    if "multiprocessing" in sys.modules:
+        if sys.modules["multiprocessing"].current_process().name == _CHILD_NAME:
+            raise RuntimeError(
+                "A child process that imports the main script must not enqueue, or tasks would run twice: "
+                "put what the script does under: if __name__ == '__main__'"
+            )
     with _registry_lock:
         return _pools.setdefault(alias, _Pool(alias))
 
