@@ -1390,24 +1390,16 @@ class ProcessPoolBackend(_PoolBackend):
 # --- Demonstration: python -m django_tasks_local --------------------------------------------------
 
 
-def _demo_wait(seconds: float) -> str:
+def _demo_wait(seconds: float) -> None:
     time.sleep(seconds)
-    return f"waited {seconds} s"
 
 
-def _demo_count(steps: int) -> int:
+def _demo_count(steps: int) -> None:
     from django.core.cache import cache
 
-    total = 0
     for step in range(steps):
-        total += sum(number % 7 for number in range(300_000))
-        if result_id := current_result_id.get(None):
-            cache.set(result_id, 100 * (step + 1) // steps)
-    return total
-
-
-def _demo_fail() -> None:
-    raise ValueError("an error, to show one")
+        sum(number % 7 for number in range(250_000))
+        cache.set(current_result_id.get("inline"), 100 * (step + 1) // steps)
 
 
 def _demonstrate() -> None:
@@ -1416,46 +1408,43 @@ def _demonstrate() -> None:
     from django.core.cache import cache
 
     logging.disable()
-    begun, cores = time.perf_counter(), min(os.cpu_count() or 1, 4)
-    files = {"BACKEND": "django.core.cache.backends.filebased.FileBasedCache", "LOCATION": tempfile.mkdtemp()}
-    classes: dict[str, type[_PoolBackend]] = {"threads": ThreadPoolBackend, "processes": ProcessPoolBackend}
-    backends = {alias: {"BACKEND": f"{__name__}.{kind.__name__}"} for alias, kind in classes.items()}
-    settings.configure(CACHES={"default": files}, TASKS=backends, USE_TZ=True)
+    directory, cores, begun = tempfile.TemporaryDirectory(), min(os.cpu_count() or 1, 4), time.monotonic()
+    files = {"BACKEND": "django.core.cache.backends.filebased.FileBasedCache", "LOCATION": directory.name}
+    threads: dict[str, Any] = {"BACKEND": f"{__name__}.ThreadPoolBackend"}
+    processes = {"BACKEND": f"{__name__}.ProcessPoolBackend", "OPTIONS": {"MAX_WORKERS": cores}}
+    settings.configure(CACHES={"default": files}, TASKS={"default": threads, "cpu": processes}, USE_TZ=True)
     django.setup()
 
     def say(text: str) -> float:
-        print(f"{time.perf_counter() - begun:5.2f} s  {text}", flush=True)
-        return time.perf_counter()
+        sys.stdout.write(f"{time.monotonic() - begun:5.2f} s  {text}\n")
+        return time.monotonic()
 
-    def show(task_result: Any, **kwargs: Any) -> None:
-        result, path = task_result, "".join(error.exception_class_path for error in task_result.errors)
-        say(f"  {result.status.value:<10} {result.task.name}({', '.join(map(str, result.args))}) {path}")
+    def show(task_result: TaskResult[..., Any], **kwargs: Any) -> None:
+        say(f"  {task_result.status.value:<10} {task_result.task.name} {task_result.id[:4]}")
 
     for sent in _SIGNALS:
         sent.connect(show)
-    threads, processes = (kind(alias, backends[alias]) for alias, kind in classes.items())
-    wait, fail = (LocalTask(func=func, backend="threads") for func in (_demo_wait, _demo_fail))
-    count = LocalTask(func=_demo_count, backend="processes")
-    start = say("ThreadPoolBackend: four tasks that wait half a second each, at once, and one that fails")
-    results = [task.enqueue(*args) for task, args in [*[(wait, (0.5,))] * 4, (fail, ())]]
-    threads.join()
-    end = say(f"That was {threads.get_result(results[-1].id).errors[0].traceback.splitlines()[-1]}")
-    say(f"2 s of waiting took {end - start:.1f} s")
+    backend: Any = task_backends["default"]
+    start = say("ThreadPoolBackend: four tasks that wait half a second each, and one that fails")
+    *_, failed = [LocalTask(func=_demo_wait).enqueue(wait) for wait in (0.5, 0.5, 0.5, 0.5, "long")]
+    say(f"  It says: {backend.wait_result(failed.id).errors[0].traceback.splitlines()[-1]}")
+    backend.join()
+    say(f"2 s of waiting took {time.monotonic() - start:.1f} s")
+    backend, count = task_backends["cpu"], LocalTask(func=_demo_count, backend="cpu")
     for result in [count.enqueue(1) for _ in range(cores)]:
-        processes.wait_result(result.id)
-    start = say(
-        f"ProcessPoolBackend: {2 * cores} tasks that compute, first inline, then in {cores} processes"
-    )
+        backend.wait_result(result.id)  # Now the child processes are there.
+    start = say(f"ProcessPoolBackend: {2 * cores} tasks that compute, first inline")
     for _ in range(2 * cores):
-        _demo_count(20)
-    inline = time.perf_counter() - start
-    start = say(f"  inline: {inline:.1f} s")
-    results = [count.enqueue(20) for _ in range(2 * cores)]
-    while processes.stats()["pending"] + processes.stats()["running"]:
-        time.sleep(0.2)
-        say("  progress   " + "  ".join(f"{cache.get(result.id, 0):3} %" for result in results))
-    say(f"In processes: {inline / (time.perf_counter() - start):.1f} times as fast as inline")
+        _demo_count(15)
+    inline = say(f"  and then in {cores} processes:") - start
+    results: list[Any] = [count.enqueue(15) for _ in range(2 * cores)]
+    while backend.stats()["pending"] + backend.stats()["running"]:
+        time.sleep(0.1)
+        say("  progress   " + " ".join(f"{cache.get(result.id, 0):4} %" for result in results))
+    times = [(result.enqueued_at, backend.get_result(result.id).finished_at) for result in results]
+    took = (max(end for _, end in times) - min(start for start, _ in times)).total_seconds()
+    say(f"Inline it took {inline:.1f} s; in {cores} processes it was {inline / took:.1f} times as fast")
 
 
-if __name__ == "__main__":  # As a module of its own name, so that children find the tasks.
+if __name__ == "__main__":  # Under its own name, by which children find the tasks.
     importlib.import_module(__spec__.name if __spec__ else "django_tasks_local")._demonstrate()
