@@ -7,8 +7,8 @@ Home: https://pypi.org/project/django-tasks-local/
 All of this lives in the web process, but for the child::
 
     enqueue() -> _Record -> _Pool.ready    heap of (-priority, sequence, id) -> _Worker thread
-                    |       _Pool.deferred heap of (due time, ...)               |    ^ pipes
-                    +-> _Pool.active -> .finished <----- change(), settle() -----+    v
+                    |       _Pool.deferred heap of (due time, ...)               |    ^ pipes (_Peer)
+                    +-> _Pool.active -> .finished <---- begin(), finish() -------+    v
                         get_result(): a snapshot                                  _Child process
 
 1. ``enqueue`` validates, keeps a record in the pool of its alias, sends ``task_enqueued`` and queues
@@ -16,15 +16,15 @@ All of this lives in the web process, but for the child::
 2. A worker of ``ThreadPoolBackend`` runs the task. One of ``ProcessPoolBackend`` owns one child process,
    sends it the task and waits for the answer: queue, results, times and signals stay in the parent for
    both, and a child that dies costs one task. Only plain data crosses a pipe, as ``marshal`` bytes.
-3. Records are immutable; ``change`` puts another in their place. Whoever asks gets a copy as TaskResult.
+3. Records are immutable, a change puts another in their place. Whoever asks gets a TaskResult of its own.
 4. In a child, ``_pool()`` gives a ``_Remote``, which has the parent's pool do what is asked.
 5. After ``close()`` or a change of settings the workers leave, once what was enqueued is done. The exit
    of the interpreter waits for the work, as ``SHUTDOWN_TIMEOUT`` says.
 
 Locks: ``_Pool.lock``, one for each alias, guards all of that pool. ``_registry_lock`` guards ``_pools``.
-``_start_lock`` guards ``_children``, and keeps ``os.fork`` away from the start of a child. ``_Parent.lock``
-lets one of its threads talk to the parent. Under none of them is another one taken, a
-signal sent or a task called.
+``_start_lock`` guards ``_children``, and keeps ``os.fork`` away from the start of a child. ``_Peer.lock``
+lets one thread of a child talk to the parent. Under none of them is a signal sent or a task called, and
+under the first two no other one is taken.
 
 Lost when the process is killed: all that is pending, running or kept. All of it is in memory.
 """
