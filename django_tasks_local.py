@@ -1215,7 +1215,7 @@ def _shutdown() -> None:
         _await_work(lost)
     with _start_lock:
         _exiting = True
-    lost += [result_id for pool in _pools.values() for result_id in pool.give_up()]
+    lost += [result_id for pool in list(_pools.values()) for result_id in pool.give_up()]
     if lost:
         logger.warning("The process exits, %s tasks are FAILED: %s", len(lost), ", ".join(lost))
     end = time.monotonic() + 5  # Of the patience for idle children; those at work were ended.
@@ -1233,7 +1233,7 @@ def _await_work(lost: list[str]) -> None:
         limit = pool.config.options["SHUTDOWN_TIMEOUT"]
         return math.inf if limit is None else begun + limit
 
-    while busy := [pool for pool in sorted(_pools.values(), key=end) if pool.future(None)]:
+    while busy := [pool for pool in sorted(list(_pools.values()), key=end) if pool.future(None)]:
         ids = [result_id for pool in busy if end(pool) > begun for result_id in pool.unfinished()]
         if ids and not said:
             said = True
