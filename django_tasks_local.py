@@ -176,8 +176,10 @@ def _problem(name: Any, value: Any, backend_class: type[_PoolBackend]) -> str | 
 
 def _database(alias: str, value: Any) -> str | None:
     """Return the database whose commit is to enqueue, if any, for ``value`` of ENQUEUE_ON_COMMIT."""
-    database = "default" if value is True else None if value is False else value
-    if database is None or database in list(connections):
+    if value is False:
+        return None
+    database = "default" if value is True else value
+    if type(database) is str and database in list(connections):
         return database
     raise InvalidTaskBackend(
         f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be False, True or an alias of DATABASES, got {value!r}"

@@ -1561,7 +1561,7 @@ def test_without_on_commit_a_task_is_enqueued_inside_the_transaction(use, params
         assert outcome(echo.enqueue(1)) == [[1], {}]
 
 
-@pytest.mark.parametrize("value", ["unknown", 1, ["default"], ""])
+@pytest.mark.parametrize("value", ["unknown", 1, None, ["default"], ""])
 def test_a_wrong_enqueue_on_commit_is_refused(kind, value):
     assert refusal(kind, {"ENQUEUE_ON_COMMIT": True}) == ""
     text = refusal(kind, {"ENQUEUE_ON_COMMIT": value})
