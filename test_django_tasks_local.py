@@ -1858,6 +1858,9 @@ else:
 from django.http import JsonResponse
 from django.urls import path
 
+if __name__ == "__main__":  # What a shell starts in the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
@@ -1876,6 +1879,7 @@ def note(word):
 @task
 def wait(word="waited"):
     say("waits", os.getpid())
+    open(os.environ["SCRIPT_GATE"] + ".reached", "w").close()
     with open(os.environ["SCRIPT_GATE"]) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
     say("ran", word)
@@ -2045,6 +2049,43 @@ def test_forked_copy_starts_with_nothing_and_harms_nothing(script, gate, kind):
     assert sorted(said) == sorted(ran), "\n".join(said)
 
 
+@task
+def fork_and_return() -> int:
+    pid = os.fork()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if pid else -1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_copy_of_a_task_that_forks_ends_with_the_task(use, signals):
+    backend = use(MAX_WORKERS=1)
+    assert finished(fork_and_return.enqueue()).return_value == 0
+    assert finished(echo.enqueue(1)).return_value == [[1], {}]
+    backend.join(TIMEOUT)
+    assert [signals.get()[0] for _ in range(signals.qsize())] == ["enqueued", "started", "finished"] * 2
+
+
+@task
+def leave_thread(gate_path: str, path: str) -> None:
+    def enqueue_late() -> None:
+        pass_gate(gate_path)
+        try:
+            said = str(echo.enqueue().status)
+        except RuntimeError as error:
+            said = str(error)
+        Path(path).write_text(said)
+
+    threading.Thread(target=enqueue_late, daemon=True).start()
+
+
+def test_thread_that_a_task_left_may_enqueue_only_in_the_parent(use, gate, kind, tmp_path):
+    use(MAX_WORKERS=1)
+    os.mkfifo(tmp_path / "said")
+    assert finished(leave_thread.enqueue(gate.path, str(tmp_path / "said"))).status == SUCCESSFUL
+    gate.open()
+    refused = "submit() was called in a child process where no task runs"
+    assert (tmp_path / "said").read_text() == ("READY" if kind == "ThreadPoolBackend" else refused)
+
+
 # --- The parent ends ------------------------------------------------------------------------------
 
 PARENT = """
@@ -2115,7 +2156,7 @@ def go():
     names[note.using(run_after=later).enqueue("never").id] = "deferred"
     for result_id, name in names.items():
         say("id", name, result_id)
-    while task_backends["default"].stats()["running"] < 1:
+    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
         threading.Event().wait(0.01)
 """
 EXITS = (
@@ -2506,6 +2547,21 @@ def test_closed_pool_leaves_no_session_open(use, database):
     assert len(sessions()) == 1
     backend.close()
     assert sessions_end()
+
+
+@processes
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("database", ["kept", "postgres_kept"], indirect=True)
+def test_forked_children_leave_the_session_of_a_receiver_open(use, connect, database):
+    use(MAX_WORKERS=1, START_METHOD="fork", MAX_TASKS_PER_CHILD=1)
+    marks = []
+
+    def receive(**kwargs: Any) -> None:
+        marks.append(mark_session.func(database))
+
+    connect(receive, task_started)
+    pids = {finished(identify.enqueue()).return_value[0] for _ in range(3)}
+    assert (len(pids), marks) == (3, [False, True, True])
 
 
 @task
@@ -3650,9 +3706,10 @@ import json, sys
 module, caches, tasks = sys.argv[1], *map(json.loads, sys.argv[2:])
 tests = __import__(module)
 tests.override_settings(CACHES=caches, TASKS=tasks).enable()
-for result_id in map(str.strip, sys.stdin):
+for line in sys.stdin:
+    method, result_id = line.split()
     try:
-        text = tests.as_text(tests.task_backends["default"].get_result(result_id))
+        text = tests.as_text(getattr(tests.task_backends["default"], method)(result_id))
     except tests.TaskResultDoesNotExist as error:
         text = "TaskResultDoesNotExist " + str(error)
     print(json.dumps(text), flush=True)
@@ -3677,10 +3734,10 @@ def read_elsewhere() -> Iterator[Callable[[str], str]]:
 
         processes: list[subprocess.Popen[str]] = []
 
-        def read(result_id: str) -> str:
+        def read(result_id: str, method: str = "get_result") -> str:
             if not processes:
                 processes.append(start())
-            processes[0].stdin.write(f"{result_id}\n")
+            processes[0].stdin.write(f"{method} {result_id}\n")
             processes[0].stdin.flush()
             return json.loads(processes[0].stdout.readline())
 
@@ -3698,10 +3755,12 @@ def test_another_process_reads_each_status_and_equal_results(use, cache, gate, s
     assert (running.status, ready.status) == (RUNNING, READY)
     assert read_elsewhere(first.id) == as_text(running)
     assert read_elsewhere(second.id) == as_text(ready)
+    assert "cannot be waited for" in read_elsewhere(first.id, "wait_result")
     gate.open()
     ends = [finished(result) for result in (first, second, third)]
     assert [end.status for end in ends] == [SUCCESSFUL, SUCCESSFUL, FAILED]
     assert [read_elsewhere(end.id) for end in ends] == [as_text(end) for end in ends]
+    assert read_elsewhere(first.id, "wait_result") == as_text(ends[0])
     missing = read_elsewhere("0" * 36)
     assert "TaskResultDoesNotExist" in missing
     assert "RESULTS_CACHE" in missing
