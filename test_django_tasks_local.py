@@ -1835,6 +1835,19 @@ def test_child_that_cannot_start_fails_the_task_and_the_next_one_tries_again(
     assert finished(broken_tasks.work.enqueue()).return_value == "worked"
 
 
+@processes
+def test_process_that_cannot_be_started_fails_the_task_and_the_next_one_tries_again(use, monkeypatch):
+    use(MAX_WORKERS=1)
+
+    def refuse(process: Any) -> None:
+        raise OSError("no process for you")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+        assert "no process for you" in errors(finished(identify.enqueue()))
+    assert finished(echo.enqueue(1)).return_value == [[1], {}]
+
+
 # --- Scripts: processes of their own --------------------------------------------------------------
 
 HEAD = """
@@ -1990,6 +2003,14 @@ def test_hundred_killers_change_nothing_for_the_next_task(script):
     program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 2, "START_METHOD": "fork"})
     program.start(HUNDRED_KILLERS)
     assert program.rest()[-3:] == ["last alive", "killed 100", "workers 2"]
+
+
+def test_main_script_without_a_guard_is_told_what_it_lacks(script):
+    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
+    program.start("say('ended', finish(identify.enqueue()).status)")
+    said = program.rest()
+    assert "ended FAILED" in said
+    assert any("if __name__ == '__main__'" in line for line in said)
 
 
 # --- The parent forks -----------------------------------------------------------------------------
