@@ -1428,11 +1428,13 @@ def _demonstrate() -> None:
         sent.connect(show)
     backend: Any = task_backends["default"]
     start = say("ThreadPoolBackend: four tasks that wait half a second each, and one that fails")
-    *_, failed = [LocalTask(func=_demo_wait).enqueue(wait) for wait in (0.5, 0.5, 0.5, 0.5, "long")]
+    usual: Any = {"priority": 0, "queue_name": "default", "run_after": None}  # Of these 6.0 has no defaults.
+    wait = LocalTask(func=_demo_wait, backend="default", **usual)
+    *_, failed = [wait.enqueue(seconds) for seconds in (0.5, 0.5, 0.5, 0.5, "long")]
     say(f"  It says: {backend.wait_result(failed.id).errors[0].traceback.splitlines()[-1]}")
     backend.join()
     say(f"2 s of waiting took {time.monotonic() - start:.1f} s")
-    backend, count = task_backends["cpu"], LocalTask(func=_demo_count, backend="cpu")
+    backend, count = task_backends["cpu"], LocalTask(func=_demo_count, backend="cpu", **usual)
     for result in [count.enqueue(1) for _ in range(cores)]:
         backend.wait_result(result.id)  # Now the child processes are there.
     start = say(f"ProcessPoolBackend: {2 * cores} tasks that compute, first inline")
