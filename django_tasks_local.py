@@ -1156,7 +1156,9 @@ def _pool(alias: str) -> Any:
     if pool := _pools.get(alias):
         return pool
     if "multiprocessing" in sys.modules:
-        if sys.modules["multiprocessing"].current_process().name == _CHILD_NAME:
+        import multiprocessing  # Waits where another thread is just importing it.
+
+        if multiprocessing.current_process().name == _CHILD_NAME:
             raise RuntimeError(
                 "A child process that imports the main script must not enqueue, or tasks would run twice: "
                 "put what the script does under: if __name__ == '__main__'"
