@@ -8,7 +8,7 @@ All of this lives in the web process, but for the child::
 
     enqueue() -> _Record -> _Pool.ready    heap of (-priority, sequence, id) -> _Worker thread
                     |       _Pool.deferred heap of (due time, ...)               |    ^ pipes (_Peer)
-                    +-> _Pool.active -> .finished <---- begin(), finish() -------+    v
+                    +-> _Pool.active -> .finished <---- advance(), settle() -----+    v
                         get_result(): a snapshot                                  _Child process
 
 1. ``enqueue`` validates, keeps a record in the pool of its alias, sends ``task_enqueued`` and queues
@@ -21,10 +21,9 @@ All of this lives in the web process, but for the child::
 5. After ``close()`` or a change of settings the workers leave, once what was enqueued is done. The exit
    of the interpreter waits for the work, as ``SHUTDOWN_TIMEOUT`` says.
 
-Locks: ``_Pool.lock``, one for each alias, guards all of that pool. ``_registry_lock`` guards ``_pools``.
-``_start_lock`` guards ``_children``, and keeps ``os.fork`` away from the start of a child. ``_Peer.lock``
-lets one thread of a child talk to the parent. Under none of them is a signal sent or a task called, and
-under the first two no other one is taken.
+Locks: ``_Pool.lock``, one for each alias, guards all of that pool. ``_start_lock`` guards ``_children``,
+and keeps ``os.fork`` away from the start of a child. ``_Peer.lock`` lets one thread of a child talk to
+the parent. Under none of them is a signal sent or a task called, and under the first no other is taken.
 
 Lost when the process is killed: all that is pending, running or kept. All of it is in memory.
 """
@@ -67,20 +66,20 @@ from django.utils import timezone
 from django.utils.module_loading import import_string
 
 if TYPE_CHECKING or django.VERSION >= (6, 0):
-    from django.tasks import signals, task_backends
+    from django.tasks import TaskContext, TaskResult, TaskResultStatus, signals, task_backends
     from django.tasks.backends.base import BaseTaskBackend
-    from django.tasks.base import Task, TaskContext, TaskError, TaskResult, TaskResultStatus
+    from django.tasks.base import Task, TaskError
     from django.tasks.exceptions import InvalidTask, InvalidTaskBackend, TaskException, TaskResultDoesNotExist
     from django.utils.json import normalize_json
 else:
     try:
-        from django_tasks import signals, task_backends
+        from django_tasks import TaskContext, TaskResult, TaskResultStatus, signals, task_backends
     except ModuleNotFoundError as error:
         raise ImportError(
             f"Django {django.get_version()} has no tasks. Install Django 6, or: pip install django-tasks"
         ) from error
     from django_tasks.backends.base import BaseTaskBackend
-    from django_tasks.base import Task, TaskContext, TaskError, TaskResult, TaskResultStatus
+    from django_tasks.base import Task, TaskError
     from django_tasks.exceptions import InvalidTaskBackendError as InvalidTaskBackend
     from django_tasks.exceptions import InvalidTaskError as InvalidTask
     from django_tasks.exceptions import TaskException, TaskResultDoesNotExist
@@ -107,10 +106,8 @@ def _is_seconds(value: Any) -> bool:
 def _is_shared_cache(value: Any) -> bool:
     from django.core.cache.backends import dummy, locmem
 
-    private = (dummy.DummyCache, locmem.LocMemCache)
-    return value in list(settings.CACHES) and not issubclass(
-        import_string(settings.CACHES[value]["BACKEND"]), private
-    )
+    private, known = (dummy.DummyCache, locmem.LocMemCache), value in list(settings.CACHES)
+    return known and not issubclass(import_string(settings.CACHES[value]["BACKEND"]), private)
 
 
 _START_METHODS = ("forkserver", "spawn", "fork") if hasattr(os, "fork") else ("spawn",)
@@ -123,12 +120,12 @@ _OPTIONS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
     "MAX_PENDING": (None, *_COUNT),
     "SHUTDOWN_TIMEOUT": (None, "seconds, 0 or more", _is_seconds),
     "RESULTS_CACHE": (None, _CACHE, _is_shared_cache),
+    # From here on for processes only.
     "TASK_TIMEOUT": (None, "seconds, more than 0", lambda value: _is_seconds(value) and value > 0),
     "MAX_TASKS_PER_CHILD": (None, *_COUNT),
     "START_METHOD": (None, f"one of {', '.join(_START_METHODS)}", lambda v: v in _START_METHODS),
 }
 _DEFAULTS = {name: default for name, (default, _, _) in _OPTIONS.items()}
-_PROCESSES_ONLY = ("TASK_TIMEOUT", "MAX_TASKS_PER_CHILD", "START_METHOD")
 
 
 class _Config(NamedTuple):
@@ -141,9 +138,6 @@ class _Config(NamedTuple):
     on_commit: str | None  # The database whose commit is to enqueue.
 
 
-_NO_CONFIG = _Config(0, None, {}, _DEFAULTS, None)
-
-
 def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, Any]) -> _Config:
     """Return ``params`` checked, or raise InvalidTaskBackend; the last reading is used again."""
     last = _configs.get(alias)
@@ -153,20 +147,20 @@ def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, 
     if not isinstance(given, Mapping):
         raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS'] must be a dictionary, got {given!r}")
     for name, value in given.items():
-        if problem := _problem(name, value, backend_class):
+        if problem := _problem(name, value, backend_class.worker_class is _ProcessWorker):
             raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS']: {name!r} {problem}, got {value!r}")
     options, on_commit = {**_DEFAULTS, **given}, _database(alias, params.get("ENQUEUE_ON_COMMIT", False))
     _configs[alias] = _Config(next(_serials), backend_class, copy.deepcopy(params), options, on_commit)
     return _configs[alias]
 
 
-def _problem(name: Any, value: Any, backend_class: type[_PoolBackend]) -> str | None:
+def _problem(name: Any, value: Any, processes: bool) -> str | None:
     if name not in _OPTIONS:
         import difflib
 
         near = difflib.get_close_matches(str(name).upper(), _OPTIONS, 1, 0.5) or [", ".join(_OPTIONS)]
         return f"is no option (did you mean {near[0]}?)"
-    if name in _PROCESSES_ONLY and backend_class.worker_class is _Worker:
+    if not processes and [*_OPTIONS].index(name) >= [*_OPTIONS].index("TASK_TIMEOUT"):
         return "is for ProcessPoolBackend (a thread cannot be stopped or replaced from outside)"
     default, right, check = _OPTIONS[name]
     if check(value) or (value is None and default is None):
@@ -176,14 +170,11 @@ def _problem(name: Any, value: Any, backend_class: type[_PoolBackend]) -> str | 
 
 def _database(alias: str, value: Any) -> str | None:
     """Return the database whose commit is to enqueue, if any, for ``value`` of ENQUEUE_ON_COMMIT."""
-    if value is False:
-        return None
     database = "default" if value is True else value
-    if type(database) is str and database in list(connections):
-        return database
-    raise InvalidTaskBackend(
-        f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be False, True or an alias of DATABASES, got {value!r}"
-    )
+    if value is False or (type(database) is str and database in list(connections)):
+        return database or None
+    right = "False, True or an alias of DATABASES"
+    raise InvalidTaskBackend(f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be {right}, got {value!r}")
 
 
 # --- Plain data: what is kept, crosses a pipe or goes to a cache ----------------------------------
@@ -191,7 +182,8 @@ def _database(alias: str, value: Any) -> str | None:
 _serials = itertools.count(1)
 _configs: dict[str, _Config] = {}  # What was read last, by alias.
 _ids: deque[str] = deque()  # Ready-made; a deque is documented as thread-safe at both ends.
-_NONE = marshal.dumps(None)
+_EXACT = {str: str.__str__, float: float.__float__, int: int.__int__}
+_NONE, _NO_ARGUMENTS = marshal.dumps(None), marshal.dumps([[], {}])
 
 
 def _new_id() -> str:
@@ -214,17 +206,21 @@ def _dump(value: Any) -> bytes:
         return marshal.dumps(_exact(value))
 
 
+def _check_pickleable(arguments: Any) -> None:
+    try:
+        pickle.dumps(arguments)
+    except Exception as error:
+        raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
+
+
 def _exact(value: Any) -> Any:
     """Return JSON in which each str, int and float is of just that type."""
     if isinstance(value, dict):
         return {_exact(key): _exact(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_exact(item) for item in value]
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    return value if value is None or isinstance(value, bool) else int.__int__(value)
+    kind = next((kind for kind in _EXACT if isinstance(value, kind) and type(value) is not bool), None)
+    return _EXACT[kind](value) if kind else value
 
 
 def _find(module: Any, name: str) -> Any:
@@ -236,13 +232,13 @@ def _find(module: Any, name: str) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _reference(func: Callable[..., Any]) -> str:
     """Return "module:name" where another process finds ``func`` itself. Raise InvalidTask."""
-    module = sys.modules.get(func.__module__)
+    module, place = sys.modules.get(func.__module__), f"{func.__module__}.{func.__qualname__}"
     for name in (func.__qualname__, *vars(module or object)):
         if _find(module, name) is func:
             return f"{func.__module__}:{name}"
     raise InvalidTask(
-        f"Task function {func.__module__}.{func.__qualname__} cannot be found by another process: no name "
-        "in its module leads to it. Was it wrapped, or its name given to another?"
+        f"Task function {place} cannot be found by another process: no name in its module leads to it. "
+        "Was it wrapped, or its name given to another?"
     )
 
 
@@ -284,20 +280,14 @@ class _Record(NamedTuple):
     def pack(self) -> dict[str, Any]:
         """Return the record as plain data."""
         task = {field.name: getattr(self.task, field.name) for field in fields(self.task)}
-        task |= {"func": _reference(self.task.func), "run_after": _iso(self.task.run_after)}
-        times = {name: _iso(getattr(self, name)) for name in _TIMES}
-        return {**self._asdict(), **times, "task": task, "status": self.status.value}
+        task |= {"func": _reference(self.task.func), "run_after": _convert(self.task.run_after)}
+        return {**{name: _convert(value) for name, value in self._asdict().items()}, "task": task}
 
 
-_TIMES = ("enqueued_at", "started_at", "finished_at")
-
-
-def _iso(moment: datetime | None) -> str | None:
-    return moment.isoformat() if moment else None
-
-
-def _moment(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None
+def _convert(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value.value if isinstance(value, TaskResultStatus) else value
 
 
 def _unpack(packed: Mapping[str, Any]) -> _Record:
@@ -306,12 +296,12 @@ def _unpack(packed: Mapping[str, Any]) -> _Record:
     func = _find(importlib.import_module(module), name)
     if not callable(func):
         raise InvalidTask(f"Task function {module}.{name} was not found in process {os.getpid()}")
-    task_class = LocalTask if "enqueue_on_commit" in packed["task"] else Task
-    task: Any = task_class(
-        **{**packed["task"], "func": func, "run_after": _moment(packed["task"]["run_after"])}
-    )
-    times = {name: _moment(packed[name]) for name in _TIMES}
-    return _Record(**{**packed, **times, "task": task, "status": TaskResultStatus(packed["status"])})
+    values, task = dict(packed), {**packed["task"], "func": func}
+    for place, key in ((task, "run_after"), *((values, key) for key in values if key.endswith("_at"))):
+        place[key] = place[key] and datetime.fromisoformat(place[key])
+    task_class: Any = LocalTask if "enqueue_on_commit" in task else Task
+    values |= {"task": task_class(**task), "status": TaskResultStatus(packed["status"])}
+    return _Record(**values)
 
 
 # --- One task, in a worker thread or in a child ---------------------------------------------------
@@ -370,25 +360,15 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
         return path, "".join([*traceback.format_tb(frames), f"{path}: {text}\n"]), text
 
 
-class _Here(threading.local):
-    """What is known of a thread."""
-
-    connected = False  # Until it is there is nothing to clean, and even to look would take its time.
-
-
-_here = _Here()
-
-
-def _note_connection(**kwargs: Any) -> None:
-    _here.connected = True
-
-
-connection_created.connect(_note_connection)
+_here = threading.local()  # With ``connected`` in a thread that has used a database.
+connection_created.connect(lambda **kwargs: setattr(_here, "connected", True), weak=False)
 
 
 def _clean_connections() -> None:
     """Leave the next task no stale connection, no open transaction and no query log."""
-    for connection in connections.all(initialized_only=True) if _here.connected else ():
+    if not hasattr(_here, "connected"):  # Nothing to clean, and even to look would take its time.
+        return
+    for connection in connections.all(initialized_only=True):
         try:
             connection.queries_log.clear()
             connection.close_if_unusable_or_obsolete()
@@ -414,24 +394,15 @@ class _Peer:
         self.lock = threading.Lock()  # In a child: of the thread that calls, or ends the task.
         self.listens = True  # In a child: whether a task runs, so that the parent listens.
 
-    def send(self, kind: str, *content: Any) -> None:
-        self.writer.send_bytes(marshal.dumps((kind, content)))
+    def send(self, *message: Any) -> None:
+        self.writer.send_bytes(marshal.dumps(message))
 
-    def receive(self, deadline: float | None = None) -> tuple[str, Any]:
-        if deadline and not self.reader.poll(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError("The task ran for longer than its TASK_TIMEOUT")
-        return marshal.loads(self.reader.recv_bytes())  # type: ignore[no-any-return]
-
-    def call(
-        self, name: str, *args: Any, deadline: float | None = None, context: Any = None, meanwhile: Any = None
-    ) -> Any:
-        """Return what the other end returns; raise _RemoteError for what it raises."""
-        if name:  # Or wait for what comes unasked, when the child is set up.
-            self.send(name, *args)
-        if meanwhile:
-            meanwhile()
+    def receive(self, deadline: float | None = None, context: Any = None) -> Any:
+        """Return what the other end returns; raise _RemoteError for what it raises, TimeoutError."""
         while True:
-            kind, content = self.receive(deadline)
+            if deadline and not self.reader.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError("The task ran for longer than its TASK_TIMEOUT")
+            kind, *content = marshal.loads(self.reader.recv_bytes())
             if kind == "returned":
                 return content[0]
             if kind == "raised":
@@ -452,7 +423,6 @@ def _outcome(name: str, *args: Any) -> tuple[Any, ...]:
 
 
 _parent: _Peer | None = None  # Set in a child, and there only.
-_begun: Any = None  # There a counter, shared with the parent: of the tasks that were begun.
 _loaded: dict[str, Task[..., Any]] = {}  # There the tasks that were imported, by reference.
 
 
@@ -466,7 +436,6 @@ def _answer_run(reference: str, packed: dict[str, Any]) -> bytes:
     record = _unpack(packed) if "task" in packed else _Record(_loaded[reference], **packed)
     current_result_id.set(record.id)
     _clean_connections()
-    _begun.value += 1
     try:
         return _call(record, " and pickleable")
     except BaseException as error:
@@ -506,20 +475,18 @@ class _Remote:
             with _parent.lock:
                 if not _parent.listens:
                     raise RuntimeError(f"{method}() was called in a child process where no task runs")
-                reply = _parent.call("pool", self.alias, method, args)
+                _parent.send("pool", self.alias, method, args)
+                reply = _parent.receive()
         except _RemoteError as error:
             raise error.original() from None
         return _unpack(reply) if isinstance(reply, dict) and "payload" in reply else reply
 
 
-# --- The child's side -----------------------------------------------------------------------------
-
-
 def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) -> None:
     """Run what comes in until the parent closes the pipe."""
-    global _parent, _begun
+    global _parent
     _leave_group(alive)
-    peer, pid, _begun = _Peer(requests, answers), os.getpid(), begun
+    peer, pid = _Peer(requests, answers), os.getpid()
     try:
         _set_up_django(*site)
         outcome: tuple[Any, ...] = ("returned", None)
@@ -531,7 +498,8 @@ def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) 
             with peer.lock:
                 peer.listens = False
                 peer.send(*outcome)
-            kind, content = peer.receive()
+            kind, *content = marshal.loads(requests.recv_bytes())
+            begun.value += 1  # From now on the task is not to be run by another one.
             peer.listens = True
             outcome = contextvars.Context().run(_outcome, kind, *content)
             if os.getpid() != pid:  # The task forked, and this is the copy.
@@ -612,12 +580,14 @@ class _Child:
 
     def __init__(self, start_method: str | None) -> None:
         """Start a process and wait until Django is set up in it."""
-        import multiprocessing
-        from multiprocessing.sharedctypes import RawValue
+        import multiprocessing.sharedctypes
 
-        self.sent, self.begun = 0, RawValue("L", 0)  # How many tasks were sent, and begun there.
+        self.sent, self.begun = (
+            0,
+            multiprocessing.sharedctypes.RawValue("L", 0),
+        )  # How much was sent, and came.
         self.loaded: set[str] = set()
-        self.busy = False
+        self.busy = True
         with _start_lock:
             if _exiting:
                 raise RuntimeError("The interpreter is exiting: no child process is started")
@@ -634,7 +604,7 @@ class _Child:
                 for end in (requests, answers, alive):
                     end.close()
         try:
-            self.call("")
+            self.receive()
         except _RemoteError:  # Django could not be set up.
             self.kill()
             raise
@@ -655,11 +625,15 @@ class _Child:
         except ChildProcessError:  # A fork has left us with the fork server of our parent.
             self.start("spawn", *ends)
 
-    def call(self, *args: Any, **options: Any) -> Any:
+    def send(self, *message: Any) -> None:
+        self.sent, self.busy = self.sent + 1, True
+        with contextlib.suppress(OSError):  # It is dead, as receive() will see.
+            self.peer.send(*message)
+
+    def receive(self, *args: Any) -> Any:
         """Return what the child returns; raise what it raises, TimeoutError or ChildProcessError."""
-        self.busy = True
         try:
-            return self.peer.call(*args, **options)
+            return self.peer.receive(*args)
         except _RemoteError:
             raise
         except TimeoutError:
@@ -682,13 +656,11 @@ class _Child:
             _kill_group(self.process.pid)
             self.process.kill()
 
-    def stop(self) -> None:
-        """Let the idle child end, which takes a moment; kill it if it takes long."""
-        self.peer.writer.close()
-        self.process.join(5)
-        self.kill()
-
-    def kill(self) -> None:
+    def kill(self, patience: float = 0) -> None:
+        """End the process, let go of what belongs to it; before, let it end itself for some seconds."""
+        if patience:
+            self.peer.writer.close()
+            self.process.join(patience)
         self.end()
         self.process.join()
         self.forget()
@@ -732,21 +704,20 @@ class _Pool:
     """All there is under one alias; ``lock`` guards it."""
 
     def __init__(self, alias: str) -> None:
-        self.alias, self.config = alias, _NO_CONFIG  # The latest that was enqueued with.
+        self.alias, self.config = alias, _Config(0, None, {}, _DEFAULTS, None)
         self.lock = _Lock(threading.Lock())
-        # Idle workers wait on it: for a task, or to leave.
-        self.work = threading.Condition(self.lock)  # type: ignore[arg-type]
-        self.active: dict[str, _Record] = {}  # Not finished.
-        self.held: set[str] = set()  # What workers hold, until all that goes with it is done.
+        self.work = threading.Condition(self.lock)  # type: ignore[arg-type]  # Idle workers wait on it.
+        self.active: dict[str, _Record] = {}  # Until all that goes with their end is done.
+        self.held: set[str] = set()  # Of these what workers have taken.
         self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
         self.ready: list[tuple[int, int, str]] = []  # A heap of (-priority, sequence, id).
         self.deferred: list[tuple[float, tuple[int, int, str]]] = []  # A heap by due time.
         self.workers: set[_Worker] = set()
-        self.starting: _Worker | None = None  # Not at the queue yet; there it calls the next one.
         self.idle = 0
+        self.starting: _Worker | None = None  # Not at the queue yet; there it calls the next one.
+        self.waking = False  # Whether an idle one is on its way there, to do the same.
         self.futures: dict[str | None, Future[_Record | None]] = {}  # By id; None: when all is done.
         self.waiting: dict[str, str | None] = {}  # Which task waits for which.
-        self.waking = False  # Whether an idle one is on its way to the queue, to call the next one.
         self.cache_failed = self.given_up = False
 
     def submit(self, record: _Record, config: _Config) -> TaskResult[..., Any]:
@@ -756,10 +727,9 @@ class _Pool:
             if self.given_up or _exiting:
                 raise RuntimeError(f"The interpreter is exiting: {self.alias!r} takes no more tasks")
             if self.config.serial < config.serial:
-                self.config = config
-                self.work.notify_all()  # The workers of older settings leave.
+                self.renew(config)
             limit = config.options["MAX_PENDING"]
-            if limit and self.pending() + len(self.deferred) >= limit:
+            if limit and len(self.active) - len(self.held) >= limit:
                 name = record.task.module_path
                 raise TaskQueueFull(
                     f"{self.alias!r} has {limit} tasks pending (MAX_PENDING), {name} was refused"
@@ -768,8 +738,6 @@ class _Pool:
         try:
             signals.task_enqueued.send(sender=config.backend_class, task_result=result)
         except BaseException:
-            with self.lock:
-                del self.active[record.id]
             self.settle(record.id, None)
             raise
         self.publish(record)
@@ -784,8 +752,11 @@ class _Pool:
         self.start(helper)
         return result
 
-    def pending(self) -> int:
-        return len(self.active) - len(self.deferred) - sum(key in self.active for key in self.held)
+    def renew(self, config: _Config) -> list[_Worker]:
+        """Have the workers leave that were started with another configuration, and return them."""
+        self.config = config
+        self.work.notify_all()
+        return [worker for worker in self.workers if worker.config is not config]
 
     def call_helper(self) -> _Worker | None:
         """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
@@ -818,10 +789,11 @@ class _Pool:
 
     def take(self, worker: _Worker) -> _Record | None:
         """Wait for a task and return it. None: the worker has to leave."""
+        record = None
         with self.lock:
             if self.starting is worker:
                 self.starting = None
-            while not (leaving := worker.leaving or worker.config is not self.config):
+            while stays := worker.config is self.config:
                 timeout = self.promote()
                 if self.ready:
                     break
@@ -829,12 +801,11 @@ class _Pool:
                 self.work.wait(timeout)
                 self.idle -= 1
                 self.waking = False
-            if leaving:
-                self.workers.discard(worker)
-                record = None
-            else:
+            if stays:
                 record = self.active[heapq.heappop(self.ready)[2]]
                 self.held.add(record.id)
+            else:
+                self.workers.discard(worker)
             helper = self.call_helper()
         self.start(helper)
         return record
@@ -847,28 +818,14 @@ class _Pool:
             heapq.heappush(self.ready, heapq.heappop(self.deferred)[1])
         return None
 
-    def begin(self, result_id: str, worker_id: str) -> _Record | None:
-        """Make a task RUNNING and return its record. None: it was given up meanwhile."""
+    def advance(self, result_id: str, sent: Any, context: Any, **changes: Any) -> _Record | None:
+        """Change a record, let it be known and return it. None: the task has been given up."""
         with self.lock:
-            if (old := self.active.get(result_id)) is None:
+            if (old := self.active.get(result_id)) is None or old.finished_at:
                 return None
-            self.active[result_id] = _Record(*old[:5], TaskResultStatus.RUNNING, worker_id, timezone.now())
-            return self.active[result_id]
-
-    def finish(self, result_id: str, value: bytes, error: tuple[str, str] | None) -> _Record | None:
-        """Make a task SUCCESSFUL or FAILED and return its record. None: it is finished already."""
-        status = TaskResultStatus.FAILED if error else TaskResultStatus.SUCCESSFUL
-        with self.lock:
-            if (old := self.active.pop(result_id, None)) is None:
-                return None
-            record = _Record(*old[:5], status, old.worker_id, old.started_at, timezone.now(), error, value)
-            self.finished[result_id] = record
-            while len(self.finished) > self.config.options["MAX_RESULTS"]:
-                self.finished.popitem(last=False)
+            record = self.active[result_id] = old._replace(**changes)
+        if sent is None:
             return record
-
-    def announce(self, sent: Any, record: _Record, context: contextvars.Context) -> None:
-        """Publish the record and send a signal; what a receiver raises is logged."""
         self.publish(record)
         with _GATES[sent]:  # Which ``send`` takes, too, and most likely gets at once now.
             pass
@@ -877,16 +834,17 @@ class _Pool:
         except BaseException:
             with contextlib.suppress(BaseException):  # A log handler may raise as well.
                 logger.exception("A signal receiver raised for task result %s", record.id)
+        return record
 
-    def conclude(
-        self, old: _Record, context: contextvars.Context, value: bytes, error: BaseException | None = None
-    ) -> None:
-        """Finish a task, unless it is finished, and let it be known."""
-        described = None if error is None else _describe(error, old.task.func)[:2]
-        if record := self.finish(old.id, value, described):
-            self.announce(signals.task_finished, record, context)
+    def conclude(self, old: _Record, context: Any, value: bytes, error: BaseException | None = None) -> None:
+        """Make a task SUCCESSFUL or, while the error is handled, FAILED, unless it has been given up."""
+        status, described = TaskResultStatus.SUCCESSFUL, None
+        if error is not None:
+            status, described = TaskResultStatus.FAILED, _describe(error, old.task.func)[:2]
+        changes = {"status": status, "finished_at": timezone.now(), "error": described, "value": value}
+        if record := self.advance(old.id, signals.task_finished, context, **changes):
             _clean_connections()
-        self.settle(old.id, record)
+            self.settle(old.id, record)
 
     def abandon(self, records: Iterable[_Record], why: str) -> None:
         for record in records:
@@ -896,9 +854,14 @@ class _Pool:
                 self.conclude(record, contextvars.Context(), _NONE, error)
 
     def settle(self, result_id: str, record: _Record | None) -> None:
-        """Wake those who wait: the task is finished, and all that goes with it is done."""
+        """Let go of a task, keep what it came to, and wake those who wait for it."""
         with self.lock:
+            self.active.pop(result_id, None)
             self.held.discard(result_id)
+            if record:
+                self.finished[result_id] = record
+                while len(self.finished) > self.config.options["MAX_RESULTS"]:
+                    self.finished.popitem(last=False)
             done = [self.futures.pop(result_id, None)]
             if not self.is_busy():
                 done.append(self.futures.pop(None, None))
@@ -906,7 +869,7 @@ class _Pool:
             future.set_result(record)
 
     def is_busy(self) -> bool:
-        return bool(self.held) or len(self.active) > len(self.deferred)
+        return len(self.active) > len(self.deferred)
 
     def publish(self, record: _Record) -> None:
         """Write to RESULTS_CACHE; if that fails, say so once and go on."""
@@ -925,19 +888,26 @@ class _Pool:
                 self.finished.move_to_end(result_id)
             return self.active.get(result_id) or self.finished.get(result_id)
 
-    def future(self, result_id: str | None) -> Future[_Record | None] | None:
-        """Return what is done when the task is, or (None) all are; None if that is so now."""
+    @contextlib.contextmanager
+    def expect(self, result_id: str | None, timeout: float | None) -> Iterator[Any]:
+        """Give, for the time of a wait, a future of the finished record, or of the end of all tasks (None);
+        None if that is so now. Raise TimeoutError where the wait does."""
         me = current_result_id.get("")
         with self.lock:
-            known = result_id in self.active or result_id in self.held
-            if not (self.is_busy() if result_id is None else known):
-                return None
-            if me in self.held:
-                self.check_deadlock(me, result_id)
-            if result_id not in self.futures:
-                self.futures[result_id] = Future()
-                self.futures[result_id].set_running_or_notify_cancel()  # asyncio must not cancel.
-            return self.futures[result_id]
+            future = None
+            if self.is_busy() if result_id is None else result_id in self.active:
+                if me in self.held:
+                    self.check_deadlock(me, result_id)
+                future = self.futures.setdefault(result_id, Future())
+                if not future.running():
+                    future.set_running_or_notify_cancel()  # asyncio must not cancel.
+        try:
+            yield future
+        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
+            raise TimeoutError(f"{result_id or 'Tasks'} not finished after {timeout} seconds") from None
+        finally:
+            with self.lock:
+                self.waiting.pop(me, None)
 
     def check_deadlock(self, me: str, result_id: str | None) -> None:
         """Note that ``me`` waits, unless it would do so for ever: then raise RuntimeError."""
@@ -952,17 +922,6 @@ class _Pool:
             )
         self.waiting[me] = result_id
 
-    @contextlib.contextmanager
-    def expect(self, result_id: str | None, timeout: float | None) -> Iterator[Any]:
-        """Give a future for the time of a wait; raise TimeoutError where the wait does."""
-        try:
-            yield self.future(result_id)
-        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
-            raise TimeoutError(f"{result_id or 'Tasks'} not finished after {timeout} seconds") from None
-        finally:
-            with self.lock:
-                self.waiting.pop(current_result_id.get(""), None)
-
     def wait(self, result_id: str | None, timeout: float | None) -> _Record | None:
         """Return the finished record, or None if there was nothing to wait for."""
         with self.expect(result_id, timeout) as future:
@@ -970,13 +929,10 @@ class _Pool:
 
     def stats(self) -> dict[str, int]:
         with self.lock:
-            counts = {"pending": self.pending(), "deferred": len(self.deferred), "running": len(self.held)}
-            return {
-                **counts,
-                "finished": len(self.finished),
-                "workers": len(self.workers),
-                "pid": os.getpid(),
-            }
+            counts = {"pending": len(self.active) - len(self.deferred) - len(self.held)}
+            counts |= {"deferred": len(self.deferred), "running": len(self.held)}
+            counts |= {"finished": len(self.finished), "workers": len(self.workers)}
+        return {**counts, "pid": os.getpid()}
 
     def unfinished(self) -> list[str]:
         """Return the ids of what is pending or running."""
@@ -1002,27 +958,23 @@ class _Pool:
     def drain(self, ids: list[str], config: _Config) -> None:
         for result_id in ids:
             self.wait(result_id, None)
-        for worker in self.dismiss(config):
-            worker.left.wait()
-
-    def dismiss(self, config: _Config | None = None) -> list[_Worker]:
-        """Have the workers leave, those of one configuration or all, and return them."""
         with self.lock:
-            workers = [worker for worker in self.workers if config in (None, worker.config)]
-            for worker in workers:
-                worker.leaving = True
-            self.work.notify_all()
-        return workers
+            leaving = self.renew(self.config._replace() if self.config is config else self.config)
+        for worker in leaving:
+            worker.left.wait()
 
     def give_up(self) -> list[str]:
         """Fail all that is not finished and return the ids; take nothing more."""
         with self.lock:
             self.given_up = True
-            records = list(self.active.values())
+            records = [record for record in self.active.values() if not record.finished_at]
             self.ready, self.deferred = [], []
         self.abandon(records, "the process exits, and SHUTDOWN_TIMEOUT is over")
-        for worker in self.dismiss():
-            worker.give_up()
+        with self.lock:
+            children = [worker.child for worker in self.renew(self.config._replace())]
+        for child in children:
+            if child and child.busy:
+                child.end()
         return [record.id for record in records]
 
 
@@ -1042,9 +994,10 @@ def _due(run_after: datetime | None) -> float:
 class _Worker:
     """A thread that takes task after task from its pool, and runs them."""
 
+    child: _Child | None = None
+
     def __init__(self, pool: _Pool, config: _Config) -> None:
         self.pool, self.config = pool, config
-        self.leaving = False  # Set under the pool's lock: take no further task.
         self.left = threading.Event()
         self.thread = threading.Thread(target=self.main, name=f"tasks-{pool.alias}", daemon=True)
 
@@ -1061,89 +1014,75 @@ class _Worker:
                 self.pool.conclude(record, context, value)
             del record, context
             self.prepare()
-        self.finish()
+        if self.child:
+            self.child.kill(patience=5)
         connections.close_all()
         self.left.set()
+
+    def prepare(self) -> None:
+        """Get ready for the next task."""
 
     def execute(self, record: _Record, context: contextvars.Context) -> bytes:
         """Run the task; return what it returns, as bytes, or raise what it raises."""
         pid = os.getpid()
+        changes = {"worker_id": f"thread-{pid}-{self.thread.native_id}", "started_at": timezone.now()}
         _clean_connections()
-        if not (started := self.pool.begin(record.id, f"thread-{pid}-{self.thread.native_id}")):
-            return _NONE
-        self.pool.announce(signals.task_started, started, context)
+        started = self.pool.advance(
+            record.id, signals.task_started, context, status=TaskResultStatus.RUNNING, **changes
+        )
         try:
-            return context.run(_call, started)
+            return context.run(_call, started) if started else _NONE
         finally:
             if os.getpid() != pid:  # The task forked, and this is the copy.
                 os._exit(0)
             _clean_connections()
 
-    def prepare(self) -> None:
-        """Get ready for the next task."""
-
-    def finish(self) -> None:
-        """Let go of what the worker has."""
-
-    def give_up(self) -> None:
-        """Stop a task that runs, if that can be done."""
-
 
 class _ProcessWorker(_Worker):
-    child: _Child | None = None
-    failure: BaseException | None = None  # Why there is no child; the next task fails with it.
+    """One that has a child process run the tasks."""
 
     def prepare(self) -> None:
         options = self.config.options
-        if self.child and self.child.sent >= (options["MAX_TASKS_PER_CHILD"] or math.inf):
-            self.child.stop()
+        if self.child and self.child.sent - len(self.child.loaded) >= (
+            options["MAX_TASKS_PER_CHILD"] or math.inf
+        ):
+            self.child.kill(patience=5)
             self.child = None
-        if not self.child and not self.leaving:
-            try:
+        if not self.child and self.config is self.pool.config:
+            with contextlib.suppress(Exception):  # The next task tries again, and fails with the error.
                 self.child = _Child(options["START_METHOD"])
-            except Exception as error:
-                self.failure = error
-
-    def finish(self) -> None:
-        if self.child:
-            self.child.stop()
-
-    def give_up(self) -> None:
-        if (child := self.child) and child.busy:
-            child.end()
 
     def execute(self, record: _Record, context: contextvars.Context) -> bytes:
-        reference, limit = _reference(record.task.func), self.config.options["TASK_TIMEOUT"]
-        again = started = None
+        reference, limit, again = _reference(record.task.func), self.config.options["TASK_TIMEOUT"], False
         while True:
-            failure, self.failure = self.failure, None
-            if failure:
-                raise failure
             child = self.child = self.child or _Child(self.config.options["START_METHOD"])
             try:
                 if reference not in child.loaded:
-                    child.call("load", record.pack(), context=context)
+                    child.send("load", record.pack())
+                    child.receive(None, context)
                     child.loaded.add(reference)
-                again, started = started, self.pool.begin(record.id, f"process-{child.process.pid}")
-                if not started:
-                    return _NONE
-                short = {"payload": record.payload, "id": record.id, "alias": record.alias}
-                packed = started.pack() if record.task.takes_context else short
-                announce = functools.partial(self.pool.announce, signals.task_started, started, context)
-                child.sent += 1
+                changes: Any = {"worker_id": f"process-{child.process.pid}", "started_at": timezone.now()}
+                packed = {"payload": record.payload, "id": record.id, "alias": record.alias}
+                if record.task.takes_context:
+                    packed = record._replace(status=TaskResultStatus.RUNNING, **changes).pack()
                 deadline = limit and time.monotonic() + limit
-                options = {"deadline": deadline, "context": context, "meanwhile": None if again else announce}
-                return child.call("run", reference, packed, **options)  # type: ignore[no-any-return]
+                child.send("run", reference, packed)
+                sent = None if again else signals.task_started
+                if not self.pool.advance(
+                    record.id, sent, context, status=TaskResultStatus.RUNNING, **changes
+                ):
+                    child.end()
+                return child.receive(deadline, context)  # type: ignore[no-any-return]
             except (ChildProcessError, TimeoutError):
                 self.child = None
                 # A child that died idle has not begun the task: another one takes it.
                 if again or child.begun.value >= child.sent:
                     raise
+                again = True
 
 
 # --- Process-wide: pools by alias, settings, fork, exit -------------------------------------------
 
-_registry_lock = threading.Lock()
 _pools: dict[str, _Pool] = {}
 _exiting = False
 _CHILD_NAME = "django-tasks-local"
@@ -1155,15 +1094,13 @@ def _pool(alias: str) -> Any:
         return _Remote(alias)
     if pool := _pools.get(alias):
         return pool
-    if "multiprocessing" in sys.modules:
-        import multiprocessing  # Waits where another thread is just importing it.
-
-        if multiprocessing.current_process().name == _CHILD_NAME:
-            raise RuntimeError(
-                "A child process that imports the main script must not enqueue, or tasks would run twice: "
-                "put what the script does under: if __name__ == '__main__'"
-            )
-    with _registry_lock:
+    process = getattr(sys.modules.get("multiprocessing.process"), "current_process", None)
+    if process and process().name == _CHILD_NAME:
+        raise RuntimeError(
+            "A child process that imports the main script must not enqueue, or tasks would run twice: "
+            "put what the script does under: if __name__ == '__main__'"
+        )
+    with _start_lock:
         return _pools.setdefault(alias, _Pool(alias))
 
 
@@ -1177,22 +1114,15 @@ def _close_changed(*, setting: str, **kwargs: Any) -> None:
 setting_changed.connect(_close_changed)
 
 
-def _before_fork() -> None:
-    _start_lock.acquire()
-    for sent in _SIGNALS:
-        sent.lock.acquire()
-
-
-def _after_fork() -> None:
-    for sent in _SIGNALS:
-        sent.lock.release()
-    _start_lock.release()
+def _at_fork(action: str) -> None:
+    for lock in (_start_lock, *(sent.lock for sent in _SIGNALS)):
+        getattr(lock, action)()
 
 
 def _after_fork_in_child() -> None:
     """Start with nothing of the parent's, and keep nothing of it open."""
-    global _registry_lock, _start_lock, _pools, _exiting, _parent
-    _after_fork()
+    global _start_lock, _pools, _exiting, _parent
+    _at_fork("release")
     for end in (_parent, *(end for child in _children for end in (child.peer, child.alive))):
         if end:
             end.close()
@@ -1201,14 +1131,14 @@ def _after_fork_in_child() -> None:
             # At exit multiprocessing would read the exit code, which is the parent's, and wait.
             os.dup2(os.open(os.devnull, os.O_RDONLY), child.process.sentinel)
             child.process.join = lambda timeout=None: None
-    _registry_lock, _start_lock = threading.Lock(), threading.RLock()
-    _pools, _exiting, _parent = {}, False, None
+    _start_lock, _pools, _exiting, _parent = threading.RLock(), {}, False, None
     _children.clear()
     _ids.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+    before, after = (functools.partial(_at_fork, action) for action in ("acquire", "release"))
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=_after_fork_in_child)
 
 
 def _shutdown() -> None:
@@ -1237,7 +1167,7 @@ def _await_work(lost: list[str]) -> None:
         limit = pool.config.options["SHUTDOWN_TIMEOUT"]
         return math.inf if limit is None else begun + limit
 
-    while busy := [pool for pool in sorted(list(_pools.values()), key=end) if pool.future(None)]:
+    while busy := [pool for pool in sorted(list(_pools.values()), key=end) if pool.unfinished()]:
         ids = [result_id for pool in busy if end(pool) > begun for result_id in pool.unfinished()]
         if ids and not said:
             said = True
@@ -1288,22 +1218,25 @@ class _PoolBackend(BaseTaskBackend):
         are not JSON; TaskQueueFull; RuntimeError while the interpreter exits.
         """
         self.validate_task(task)
-        if self.config.options["RESULTS_CACHE"] or self.worker_class is not _Worker:
+        if self.config.options["RESULTS_CACHE"] or self.worker_class is _ProcessWorker:
             _reference(task.func)
-        payload = self._payload([[*args], {**(kwargs or {})}])
+        arguments = [[*args], {**(kwargs or {})}]
+        try:
+            payload = _dump(arguments) if args or kwargs else _NO_ARGUMENTS
+        except TypeError:
+            if self.worker_class is _ProcessWorker:
+                _check_pickleable(arguments)
+            raise
         record = _Record(task, payload, _new_id(), self.alias, enqueued_at=timezone.now())
         on_commit = getattr(task, "enqueue_on_commit", None)
         database = self.config.on_commit if on_commit is None else _database(self.alias, on_commit)
         if database and transaction.get_connection(database).in_atomic_block:
-            transaction.on_commit(functools.partial(self._submit_now, record), using=database)
+            transaction.on_commit(functools.partial(self._commit, record), using=database)
             return record._replace(enqueued_at=None).result()
         return _pool(self.alias).submit(record, self.config)
 
-    def _submit_now(self, record: _Record) -> None:
+    def _commit(self, record: _Record) -> None:
         _pool(self.alias).submit(record._replace(enqueued_at=timezone.now()), self.config)
-
-    def _payload(self, arguments: list[Any]) -> bytes:
-        return _dump(arguments)
 
     async def aenqueue(self, task: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do as ``enqueue``; in place, unless a cache is to be written."""
@@ -1379,16 +1312,6 @@ class ProcessPoolBackend(_PoolBackend):
     """Runs tasks in child processes: for work that computes. What goes in and out is pickleable."""
 
     worker_class = _ProcessWorker
-
-    def _payload(self, arguments: list[Any]) -> bytes:
-        try:
-            return _dump(arguments)
-        except TypeError:
-            try:
-                pickle.dumps(arguments)
-            except Exception as error:
-                raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
-            raise
 
 
 # --- Demonstration: python -m django_tasks_local --------------------------------------------------
