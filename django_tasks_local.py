@@ -675,29 +675,21 @@ class _Child:
 # --- Queue, records and workers -------------------------------------------------------------------
 
 
-class _Lock:
-    """A lock that threads do not queue for, until they have tried for a while.
+def _politely(lock: Any) -> Any:
+    """Return a lock for ``with``, when it is most likely free. For workers only.
 
-    A queued thread is given a lock before it has the GIL: until it gets that, whoever wants the lock has
-    to queue, too. From then on each use of the lock costs two switches of threads.
+    A thread that queues is given a lock before it has the GIL: until it gets that, whoever wants the lock
+    has to queue, too. From then on each use of the lock costs two switches of threads.
     """
-
-    def __init__(self, lock: Any) -> None:
-        self.acquire, self.release = lock.acquire, lock.release
-
-    def __enter__(self) -> None:
-        for _ in range(50):
-            if self.acquire(False):
-                return
-            time.sleep(0)
-        self.acquire()
-
-    def __exit__(self, *args: object) -> None:
-        self.release()
+    for _ in range(50):
+        if lock.acquire(False):
+            lock.release()
+            break
+        time.sleep(0)
+    return lock
 
 
 _SIGNALS = (signals.task_enqueued, signals.task_started, signals.task_finished)
-_GATES = {sent: _Lock(sent.lock) for sent in _SIGNALS}
 
 
 class _Pool:
@@ -705,8 +697,8 @@ class _Pool:
 
     def __init__(self, alias: str) -> None:
         self.alias, self.config = alias, _Config(0, None, {}, _DEFAULTS, None)
-        self.lock = _Lock(threading.Lock())
-        self.work = threading.Condition(self.lock)  # type: ignore[arg-type]  # Idle workers wait on it.
+        self.lock = threading.Lock()
+        self.work = threading.Condition(self.lock)  # Idle workers wait on it.
         self.active: dict[str, _Record] = {}  # Until all that goes with their end is done.
         self.held: set[str] = set()  # Of these what workers have taken.
         self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
@@ -723,24 +715,14 @@ class _Pool:
     def submit(self, record: _Record, config: _Config) -> TaskResult[..., Any]:
         """Keep, announce and queue a task, or raise and leave nothing behind."""
         result = record.result()
-        with self.lock:
-            if self.given_up or _exiting:
-                raise RuntimeError(f"The interpreter is exiting: {self.alias!r} takes no more tasks")
-            if self.config.serial < config.serial:
-                self.renew(config)
-            limit = config.options["MAX_PENDING"]
-            if limit and len(self.active) - len(self.held) >= limit:
-                name = record.task.module_path
-                raise TaskQueueFull(
-                    f"{self.alias!r} has {limit} tasks pending (MAX_PENDING), {name} was refused"
-                )
-            self.active[record.id] = record
         try:
+            with self.lock:
+                self.admit(record, config)
             signals.task_enqueued.send(sender=config.backend_class, task_result=result)
-        except BaseException:
+            self.publish(record)
+        except BaseException:  # Of a receiver, or of a signal handler at any time.
             self.settle(record.id, None)
             raise
-        self.publish(record)
         entry, due = (-record.task.priority, next(_serials), record.id), _due(record.task.run_after)
         with self.lock:
             if due > time.time():
@@ -752,6 +734,18 @@ class _Pool:
         self.start(helper)
         return result
 
+    def admit(self, record: _Record, config: _Config) -> None:
+        """Keep a task, if there is room for it."""
+        if self.given_up or _exiting:
+            raise RuntimeError(f"The interpreter is exiting: {self.alias!r} takes no more tasks")
+        if self.config.serial < config.serial:
+            self.renew(config)
+        limit = config.options["MAX_PENDING"]
+        if limit and len(self.active) - len(self.held) >= limit:
+            name = record.task.module_path
+            raise TaskQueueFull(f"{self.alias!r} has {limit} tasks pending (MAX_PENDING), {name} was refused")
+        self.active[record.id] = record
+
     def renew(self, config: _Config) -> list[_Worker]:
         """Have the workers leave that were started with another configuration, and return them."""
         self.config = config
@@ -762,8 +756,8 @@ class _Pool:
         """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
         if self.idle:
             if self.ready and not self.waking:
-                self.waking = True
                 self.work.notify()
+                self.waking = True
         elif (self.ready or self.deferred) and not self.starting:
             if len(self.workers) < self.config.options["MAX_WORKERS"]:
                 self.starting = self.config.backend_class.worker_class(self, self.config)
@@ -790,7 +784,7 @@ class _Pool:
     def take(self, worker: _Worker) -> _Record | None:
         """Wait for a task and return it. None: the worker has to leave."""
         record = None
-        with self.lock:
+        with _politely(self.lock):
             if self.starting is worker:
                 self.starting = None
             while stays := worker.config is self.config:
@@ -820,15 +814,14 @@ class _Pool:
 
     def advance(self, result_id: str, sent: Any, context: Any, **changes: Any) -> _Record | None:
         """Change a record, let it be known and return it. None: the task has been given up."""
-        with self.lock:
+        with _politely(self.lock):
             if (old := self.active.get(result_id)) is None or old.finished_at:
                 return None
             record = self.active[result_id] = old._replace(**changes)
         if sent is None:
             return record
         self.publish(record)
-        with _GATES[sent]:  # Which ``send`` takes, too, and most likely gets at once now.
-            pass
+        _politely(sent.lock)  # Which ``send`` takes.
         try:
             context.run(sent.send_robust, sender=self.config.backend_class, task_result=record.result())
         except BaseException:
@@ -855,7 +848,7 @@ class _Pool:
 
     def settle(self, result_id: str, record: _Record | None) -> None:
         """Let go of a task, keep what it came to, and wake those who wait for it."""
-        with self.lock:
+        with _politely(self.lock):
             self.active.pop(result_id, None)
             self.held.discard(result_id)
             if record:

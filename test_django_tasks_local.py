@@ -2005,6 +2005,34 @@ def test_hundred_killers_change_nothing_for_the_next_task(script):
     assert program.rest()[-3:] == ["last alive", "killed 100", "workers 2"]
 
 
+SIGNALLED = """
+class Over(Exception):
+    pass
+
+def ring(*args):
+    raise Over
+
+if __name__ == "__main__":
+    backend, rung = task_backends["default"], 0
+    signal.signal(signal.SIGALRM, ring)
+    while rung < 4000:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0002)
+            while True:
+                backend.stats()
+        except Over:
+            rung += 1
+    say(finish(echo.enqueue("alive")).return_value)
+"""
+
+
+def test_signal_handlers_that_raise_leave_no_lock_held(script):
+    program = script(default={"kind": "ThreadPoolBackend"})
+    program.start(SIGNALLED)
+    assert program.line() == "alive"
+    program.rest()
+
+
 def test_main_script_without_a_guard_is_told_what_it_lacks(script):
     program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
     program.start("say('ended', finish(identify.enqueue()).status)")
