@@ -250,12 +250,21 @@ class _Record(NamedTuple):
     id: str
     alias: str
     enqueued_at: datetime | None = None
-    status: TaskResultStatus = TaskResultStatus.READY
+    # From here on known once it has started,
     worker_id: str | None = None
     started_at: datetime | None = None
+    # and from here on once it is finished.
     finished_at: datetime | None = None
     error: tuple[str, str] | None = None  # Class path and traceback.
     value: bytes = _NONE  # The marshalled return value.
+    status: TaskResultStatus = TaskResultStatus.READY
+
+    def started(self, worker_id: str) -> _Record:
+        return _Record(*self[:5], worker_id, timezone.now(), status=TaskResultStatus.RUNNING)
+
+    def ended(self, value: bytes, error: tuple[str, str] | None) -> _Record:
+        status = TaskResultStatus.FAILED if error else TaskResultStatus.SUCCESSFUL
+        return _Record(*self[:7], timezone.now(), error, value, status)
 
     def result(self) -> TaskResult[..., Any]:
         """Return a TaskResult of its own; to call ``TaskResult()`` would take five times as long."""
@@ -360,15 +369,19 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
         return path, "".join([*traceback.format_tb(frames), f"{path}: {text}\n"]), text
 
 
-_here = threading.local()  # With ``connected`` in a thread that has used a database.
+class _Here(threading.local):
+    """What is known of a thread."""
+
+    connected = False  # Until it is there is nothing to clean, and even to look would take its time.
+
+
+_here = _Here()
 connection_created.connect(lambda **kwargs: setattr(_here, "connected", True), weak=False)
 
 
 def _clean_connections() -> None:
     """Leave the next task no stale connection, no open transaction and no query log."""
-    if not hasattr(_here, "connected"):  # Nothing to clean, and even to look would take its time.
-        return
-    for connection in connections.all(initialized_only=True):
+    for connection in connections.all(initialized_only=True) if _here.connected else ():
         try:
             connection.queries_log.clear()
             connection.close_if_unusable_or_obsolete()
@@ -812,32 +825,33 @@ class _Pool:
             heapq.heappush(self.ready, heapq.heappop(self.deferred)[1])
         return None
 
-    def advance(self, result_id: str, sent: Any, context: Any, **changes: Any) -> _Record | None:
-        """Change a record, let it be known and return it. None: the task has been given up."""
+    def advance(self, record: _Record, sent: Any, context: contextvars.Context) -> bool:
+        """Put a changed record in the place of the old one and let it be known. False: it was given up."""
         with _politely(self.lock):
-            if (old := self.active.get(result_id)) is None or old.finished_at:
-                return None
-            record = self.active[result_id] = old._replace(**changes)
+            if (old := self.active.get(record.id)) is None or old.finished_at:
+                return False
+            self.active[record.id] = record
         if sent is None:
-            return record
-        self.publish(record)
+            return True
+        if self.config.options["RESULTS_CACHE"]:
+            self.publish(record)
         _politely(sent.lock)  # Which ``send`` takes.
         try:
             context.run(sent.send_robust, sender=self.config.backend_class, task_result=record.result())
         except BaseException:
             with contextlib.suppress(BaseException):  # A log handler may raise as well.
                 logger.exception("A signal receiver raised for task result %s", record.id)
-        return record
+        return True
 
-    def conclude(self, old: _Record, context: Any, value: bytes, error: BaseException | None = None) -> None:
+    def conclude(
+        self, record: _Record, context: contextvars.Context, value: bytes, error: BaseException | None = None
+    ) -> None:
         """Make a task SUCCESSFUL or, while the error is handled, FAILED, unless it has been given up."""
-        status, described = TaskResultStatus.SUCCESSFUL, None
-        if error is not None:
-            status, described = TaskResultStatus.FAILED, _describe(error, old.task.func)[:2]
-        changes = {"status": status, "finished_at": timezone.now(), "error": described, "value": value}
-        if record := self.advance(old.id, signals.task_finished, context, **changes):
+        described = None if error is None else _describe(error, record.task.func)[:2]
+        record = record.ended(value, described)
+        if self.advance(record, signals.task_finished, context):
             _clean_connections()
-            self.settle(old.id, record)
+            self.settle(record.id, record)
 
     def abandon(self, records: Iterable[_Record], why: str) -> None:
         for record in records:
@@ -997,15 +1011,16 @@ class _Worker:
     def main(self) -> None:
         self.prepare()
         while record := self.pool.take(self):
-            context = contextvars.Context()
+            self.record, context = record, contextvars.Context()
             context.run(current_result_id.set, record.id)
+            _clean_connections()
             try:
-                value = self.execute(record, context)
+                value = self.execute(context)
             except BaseException as error:
-                self.pool.conclude(record, context, _NONE, error)
+                self.pool.conclude(self.record, context, _NONE, error)
             else:
-                self.pool.conclude(record, context, value)
-            del record, context
+                self.pool.conclude(self.record, context, value)
+            del context
             self.prepare()
         if self.child:
             self.child.kill(patience=5)
@@ -1015,16 +1030,13 @@ class _Worker:
     def prepare(self) -> None:
         """Get ready for the next task."""
 
-    def execute(self, record: _Record, context: contextvars.Context) -> bytes:
-        """Run the task; return what it returns, as bytes, or raise what it raises."""
+    def execute(self, context: contextvars.Context) -> bytes:
+        """Start the task; return what it returns, as bytes, or raise what it raises."""
         pid = os.getpid()
-        changes = {"worker_id": f"thread-{pid}-{self.thread.native_id}", "started_at": timezone.now()}
-        _clean_connections()
-        started = self.pool.advance(
-            record.id, signals.task_started, context, status=TaskResultStatus.RUNNING, **changes
-        )
+        self.record = self.record.started(f"thread-{pid}-{self.thread.native_id}")
         try:
-            return context.run(_call, started) if started else _NONE
+            runs = self.pool.advance(self.record, signals.task_started, context)
+            return context.run(_call, self.record) if runs else _NONE
         finally:
             if os.getpid() != pid:  # The task forked, and this is the copy.
                 os._exit(0)
@@ -1036,42 +1048,38 @@ class _ProcessWorker(_Worker):
 
     def prepare(self) -> None:
         options = self.config.options
-        if self.child and self.child.sent - len(self.child.loaded) >= (
-            options["MAX_TASKS_PER_CHILD"] or math.inf
-        ):
+        limit = options["MAX_TASKS_PER_CHILD"] or math.inf
+        if self.child and self.child.sent - len(self.child.loaded) >= limit:
             self.child.kill(patience=5)
             self.child = None
         if not self.child and self.config is self.pool.config:
             with contextlib.suppress(Exception):  # The next task tries again, and fails with the error.
                 self.child = _Child(options["START_METHOD"])
 
-    def execute(self, record: _Record, context: contextvars.Context) -> bytes:
-        reference, limit, again = _reference(record.task.func), self.config.options["TASK_TIMEOUT"], False
+    def execute(self, context: contextvars.Context) -> bytes:
+        task, limit = self.record.task, self.config.options["TASK_TIMEOUT"]
+        sent: Any = signals.task_started
+        reference = _reference(task.func)
         while True:
             child = self.child = self.child or _Child(self.config.options["START_METHOD"])
             try:
                 if reference not in child.loaded:
-                    child.send("load", record.pack())
+                    child.send("load", self.record.pack())
                     child.receive(None, context)
                     child.loaded.add(reference)
-                changes: Any = {"worker_id": f"process-{child.process.pid}", "started_at": timezone.now()}
-                packed = {"payload": record.payload, "id": record.id, "alias": record.alias}
-                if record.task.takes_context:
-                    packed = record._replace(status=TaskResultStatus.RUNNING, **changes).pack()
+                self.record = record = self.record.started(f"process-{child.process.pid}")
+                short = {"payload": record.payload, "id": record.id, "alias": record.alias}
                 deadline = limit and time.monotonic() + limit
-                child.send("run", reference, packed)
-                sent = None if again else signals.task_started
-                if not self.pool.advance(
-                    record.id, sent, context, status=TaskResultStatus.RUNNING, **changes
-                ):
+                child.send("run", reference, record.pack() if task.takes_context else short)
+                if not self.pool.advance(record, sent, context):
                     child.end()
                 return child.receive(deadline, context)  # type: ignore[no-any-return]
             except (ChildProcessError, TimeoutError):
                 self.child = None
-                # A child that died idle has not begun the task: another one takes it.
-                if again or child.begun.value >= child.sent:
+                # A child that died idle has not begun the task: another one takes it, without a signal.
+                if sent is None or child.begun.value >= child.sent:
                     raise
-                again = True
+                sent = None
 
 
 # --- Process-wide: pools by alias, settings, fork, exit -------------------------------------------
@@ -1138,7 +1146,7 @@ def _shutdown() -> None:
     """At exit finish the work, within SHUTDOWN_TIMEOUT; fail what is left, and say so."""
     global _exiting
     lost: list[str] = []
-    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+    with contextlib.suppress(BaseException):  # Whatever a signal handler raises, and where, ends the wait.
         _await_work(lost)
     with _start_lock:
         _exiting = True
@@ -1168,10 +1176,11 @@ def _await_work(lost: list[str]) -> None:
                 "The process exits once %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits: %s",
                 *(len(ids), ", ".join(ids)),
             )
-        try:
-            busy[0].wait(None, min(max(0.0, end(busy[0]) - time.monotonic()), threading.TIMEOUT_MAX))
+        try:  # For a second at most: a signal that comes just before a wait begins does not interrupt it.
+            busy[0].wait(None, min(max(0.0, end(busy[0]) - time.monotonic()), 1.0))
         except TimeoutError:
-            lost += busy[0].give_up()
+            if time.monotonic() >= end(busy[0]):
+                lost += busy[0].give_up()
 
 
 # Not atexit: by then concurrent.futures takes no more work, and async_to_sync() needs it. These hooks
