@@ -15,7 +15,9 @@ import http.cookiejar
 import itertools
 import json
 import logging
+import multiprocessing.forkserver
 import os
+import py_compile
 import queue
 import random
 import re
@@ -55,7 +57,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-DIRECTORY = os.environ.setdefault("TASKS_TEST_DIRECTORY", tempfile.mkdtemp())
+if "TASKS_TEST_DIRECTORY" not in os.environ:  # Children have it from their parent.
+    os.environ["TASKS_TEST_DIRECTORY"] = tempfile.mkdtemp()
+    py_compile.compile(__file__)  # They import this file, too, and may not keep what they compile.
+DIRECTORY = os.environ["TASKS_TEST_DIRECTORY"]
 POSTGRES = os.environ.get("TASKS_TEST_POSTGRES")  # A connection string.
 REDIS = os.environ.get("TASKS_TEST_REDIS")  # A URL.
 
@@ -163,6 +168,13 @@ def fail(message: str) -> None:
 
 processes = pytest.mark.parametrize("kind", ["ProcessPoolBackend"])
 each_kind = pytest.mark.parametrize("kind", ["ThreadPoolBackend", "ProcessPoolBackend"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Have what this file imports imported once, for all the child processes that import it."""
+    multiprocessing.set_forkserver_preload(["django_tasks_local", "hypothesis", "pytest"])
+    multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(params=["ThreadPoolBackend", "ProcessPoolBackend"])
@@ -3702,11 +3714,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("task_name", ["in_thread", "in_process"])
-def test_a_supervisor_that_ends_the_wait_at_exit_is_told_what_is_lost(project, gate, tmp_path, task_name):
-    (project / "script.py").write_text(EXITING)
+def exits_when_told(project: Path, gate: Gate, directory: Path, task_name: str) -> None:
+    """Start EXITING, and send the signal as soon as it says that it waits."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "script.py", task_name, gate.path, str(tmp_path)],
+        [sys.executable, "-u", "script.py", task_name, gate.path, str(directory)],
         cwd=project,
         env={**os.environ, "DJANGO_SETTINGS_MODULE": "mysite.settings"},
         stdout=subprocess.PIPE,
@@ -3714,13 +3725,29 @@ def test_a_supervisor_that_ends_the_wait_at_exit_is_told_what_is_lost(project, g
         text=True,
     )
     with process:
-        result_id = process.stdout.readline().strip()
-        warning = process.stderr.readline()
-        assert result_id in warning
-        assert "SHUTDOWN_TIMEOUT" in warning
-        process.send_signal(signal.SIGABRT)
-        rest = process.communicate(timeout=TIMEOUT)[1]
+        try:
+            result_id = process.stdout.readline().strip()
+            warning = process.stderr.readline()
+            assert result_id in warning
+            assert "SHUTDOWN_TIMEOUT" in warning
+            process.send_signal(signal.SIGABRT)
+            rest = process.communicate(timeout=TIMEOUT)[1]
+        finally:
+            process.kill()
     assert any(result_id in line and "are FAILED" in line for line in rest.splitlines()), rest
+
+
+@pytest.mark.stress
+def test_stress_signals_as_the_wait_at_exit_begins(project, gate, tmp_path):
+    (project / "script.py").write_text(EXITING)
+    for _ in range(40):
+        exits_when_told(project, gate, tmp_path, "in_thread")
+
+
+@pytest.mark.parametrize("task_name", ["in_thread", "in_process"])
+def test_a_supervisor_that_ends_the_wait_at_exit_is_told_what_is_lost(project, gate, tmp_path, task_name):
+    (project / "script.py").write_text(EXITING)
+    exits_when_told(project, gate, tmp_path, task_name)
 
 
 # --- RESULTS_CACHE --------------------------------------------------------------------------------
