@@ -97,8 +97,6 @@ class TaskQueueFull(TaskException):
 
 
 # --- Options: TASKS[alias], checked ---------------------------------------------------------------
-
-
 def _is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= threading.TIMEOUT_MAX
 
@@ -242,6 +240,11 @@ def _reference(func: Callable[..., Any]) -> str:
     )
 
 
+_FIELDS = "task id backend status enqueued_at started_at last_attempted_at finished_at worker_ids"
+_FIELDS += " args kwargs errors _return_value"
+_PUT = [getattr(TaskResult, name).__set__ for name in _FIELDS.split()]  # TaskResult is frozen, with slots.
+
+
 class _Record(NamedTuple):
     """What is known of one task."""
 
@@ -268,22 +271,15 @@ class _Record(NamedTuple):
 
     def result(self) -> TaskResult[..., Any]:
         """Return a TaskResult of its own; to call ``TaskResult()`` would take five times as long."""
-        args, kwargs = marshal.loads(self.payload)
-        path, text = self.error or ("", "")
-        result, put = object.__new__(TaskResult), object.__setattr__
-        put(result, "task", self.task)
-        put(result, "args", args)
-        put(result, "kwargs", kwargs)
-        put(result, "id", self.id)
-        put(result, "backend", self.alias)
-        put(result, "status", self.status)
-        put(result, "enqueued_at", self.enqueued_at)
-        put(result, "started_at", self.started_at)
-        put(result, "last_attempted_at", self.started_at)
-        put(result, "finished_at", self.finished_at)
-        put(result, "errors", [TaskError(exception_class_path=path, traceback=text)] if path else [])
-        put(result, "worker_ids", [self.worker_id] if self.worker_id else [])
-        put(result, "_return_value", marshal.loads(self.value))
+        times = (self.enqueued_at, self.started_at, self.started_at, self.finished_at)
+        workers, (path, text) = [self.worker_id] if self.worker_id else [], self.error or ("", "")
+        errors = [TaskError(exception_class_path=path, traceback=text)] if path else []
+        rest = (*marshal.loads(self.payload), errors, marshal.loads(self.value))
+        result = object.__new__(TaskResult)
+        for put, value in zip(
+            _PUT, (self.task, self.id, self.alias, self.status, *times, workers, *rest), strict=True
+        ):
+            put(result, value)
         return result
 
     def pack(self) -> dict[str, Any]:
@@ -314,8 +310,6 @@ def _unpack(packed: Mapping[str, Any]) -> _Record:
 
 
 # --- One task, in a worker thread or in a child ---------------------------------------------------
-
-
 class _RemoteError(Exception):
     """Stands for an exception of the other process: its class path, its traceback and its text."""
 
@@ -396,8 +390,6 @@ def _clean_connections() -> None:
 
 
 # --- Between parent and child ---------------------------------------------------------------------
-
-
 class _Peer:
     """One end of the pipes between parent and child. Each calls the other one; who waits for a return
     answers the calls that come meanwhile: the parent runs a task in the child, which may enqueue."""
@@ -686,8 +678,6 @@ class _Child:
 
 
 # --- Queue, records and workers -------------------------------------------------------------------
-
-
 def _politely(lock: Any) -> Any:
     """Return a lock for ``with``, when it is most likely free. For workers only.
 
@@ -1317,8 +1307,6 @@ class ProcessPoolBackend(_PoolBackend):
 
 
 # --- Demonstration: python -m django_tasks_local --------------------------------------------------
-
-
 def _demo_wait(seconds: float) -> None:
     time.sleep(seconds)
 
