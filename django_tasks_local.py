@@ -728,6 +728,8 @@ class _Pool:
             raise
         entry, due = (-record.task.priority, next(_serials), record.id), _due(record.task.run_after)
         with self.lock:
+            if record.id not in self.active:  # Given up meanwhile, as the process exits.
+                return result
             if due > time.time():
                 heapq.heappush(self.deferred, (due, entry))
                 self.work.notify()  # It may be due before what the idle ones wait for.

@@ -3500,7 +3500,7 @@ def test_the_commands_of_the_readme_install_from_a_checkout(tmp_path):
         if re.search("No matching distribution|Could not find a version", done.stderr):
             pytest.skip(f"no package index can be reached: {done.stderr}")
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_the_commands_of_the_readme_install_from_a_checkout" in done.stdout
+    assert "test_the_links_of_the_readme_lead_to_its_headings" in done.stdout
 
 
 # --- Tables ---------------------------------------------------------------------------------------
