@@ -2038,7 +2038,9 @@ if __name__ == "__main__":
 """
 
 
-def test_signal_handlers_that_raise_leave_no_lock_held(script):
+def test_signal_handlers_that_raise_leave_no_lock_held(script, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("COVERAGE")]:
+        monkeypatch.delenv(name)  # Coverage has locks of its own.
     program = script(default={"kind": "ThreadPoolBackend"})
     program.start(SIGNALLED)
     assert program.line() == "alive"
