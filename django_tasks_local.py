@@ -1168,11 +1168,11 @@ def _await_work(lost: list[str]) -> None:
                 "The process exits once %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits: %s",
                 *(len(ids), ", ".join(ids)),
             )
-        try:  # For a second at most: a signal that comes just before a wait begins does not interrupt it.
+        with contextlib.suppress(TimeoutError):
+            # For a second at most: a signal that comes just before a wait begins does not interrupt it.
             busy[0].wait(None, min(max(0.0, end(busy[0]) - time.monotonic()), 1.0))
-        except TimeoutError:
-            if time.monotonic() >= end(busy[0]):
-                lost += busy[0].give_up()
+        if time.monotonic() >= end(busy[0]):
+            lost += busy[0].give_up()
 
 
 # Not atexit: by then concurrent.futures takes no more work, and async_to_sync() needs it. These hooks
