@@ -44,6 +44,7 @@ import marshal
 import math
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -701,14 +702,13 @@ class _Pool:
     def __init__(self, alias: str) -> None:
         self.alias, self.config = alias, _Config(0, None, {}, _DEFAULTS, None)
         self.lock = threading.Lock()
-        self.work = threading.Condition(self.lock)  # Idle workers wait on it.
         self.active: dict[str, _Record] = {}  # Until all that goes with their end is done.
         self.held: set[str] = set()  # Of these what workers have taken.
         self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
         self.ready: list[tuple[int, int, str]] = []  # A heap of (-priority, sequence, id).
         self.deferred: list[tuple[float, tuple[int, int, str]]] = []  # A heap by due time.
         self.workers: set[_Worker] = set()
-        self.idle = 0
+        self.idle: list[_Worker] = []  # Who waits to be called.
         self.starting: _Worker | None = None  # Not at the queue yet; there it calls the next one.
         self.waking = False  # Whether an idle one is on its way there, to do the same.
         self.futures: dict[str | None, Future[_Record | None]] = {}  # By id; None: when all is done.
@@ -722,7 +722,8 @@ class _Pool:
             with self.lock:
                 self.admit(record, config)
             signals.task_enqueued.send(sender=config.backend_class, task_result=result)
-            self.publish(record)
+            if config.options["RESULTS_CACHE"]:
+                self.publish(record)
         except BaseException:  # Of a receiver, or of a signal handler at any time.
             self.settle(record.id, None)
             raise
@@ -730,13 +731,15 @@ class _Pool:
         with self.lock:
             if record.id not in self.active:  # Given up meanwhile, as the process exits.
                 return result
-            if due > time.time():
+            if due and due > time.time():
                 heapq.heappush(self.deferred, (due, entry))
-                self.work.notify()  # It may be due before what the idle ones wait for.
+                if self.idle:  # It may be due before what the idle ones wait for.
+                    self.idle.pop().calls.put(None)
             else:
                 heapq.heappush(self.ready, entry)
             helper = self.call_helper()
-        self.start(helper)
+        if helper:
+            self.start(helper)
         return result
 
     def admit(self, record: _Record, config: _Config) -> None:
@@ -754,26 +757,26 @@ class _Pool:
     def renew(self, config: _Config) -> list[_Worker]:
         """Have the workers leave that were started with another configuration, and return them."""
         self.config = config
-        self.work.notify_all()
+        for worker in self.idle:
+            worker.calls.put(None)
+        self.idle.clear()
         return [worker for worker in self.workers if worker.config is not config]
 
     def call_helper(self) -> _Worker | None:
         """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
         if self.idle:
             if self.ready and not self.waking:
-                self.work.notify()
                 self.waking = True
-        elif (self.ready or self.deferred) and not self.starting:
+                self.idle.pop().calls.put(None)
+        elif (self.ready or self.deferred) and not (self.starting or self.waking):
             if len(self.workers) < self.config.options["MAX_WORKERS"]:
                 self.starting = self.config.backend_class.worker_class(self, self.config)
                 self.workers.add(self.starting)
                 return self.starting
         return None
 
-    def start(self, worker: _Worker | None) -> None:
+    def start(self, worker: _Worker) -> None:
         """Start one worker more; if that fails, those who are there must do, if any are."""
-        if worker is None:
-            return
         try:
             worker.thread.start()
         except RuntimeError as error:
@@ -793,20 +796,25 @@ class _Pool:
             if self.starting is worker:
                 self.starting = None
             while stays := worker.config is self.config:
-                timeout = self.promote()
+                timeout = self.promote() if self.deferred else None
                 if self.ready:
                     break
-                self.idle += 1
-                self.work.wait(timeout)
-                self.idle -= 1
+                self.idle.append(worker)
+                self.lock.release()
+                with contextlib.suppress(queue.Empty):
+                    worker.calls.get(timeout=timeout)
+                _politely(self.lock).acquire()
                 self.waking = False
+                if worker in self.idle:  # Nobody has called.
+                    self.idle.remove(worker)
             if stays:
                 record = self.active[heapq.heappop(self.ready)[2]]
                 self.held.add(record.id)
             else:
                 self.workers.discard(worker)
             helper = self.call_helper()
-        self.start(helper)
+        if helper:
+            self.start(helper)
         return record
 
     def promote(self) -> float | None:
@@ -872,20 +880,21 @@ class _Pool:
 
     def publish(self, record: _Record) -> None:
         """Write to RESULTS_CACHE; if that fails, say so once and go on."""
-        if alias := self.config.options["RESULTS_CACHE"]:
-            try:
-                _cache(alias).set(f"django_tasks_local.{self.alias}.{record.id}", record.pack())
-                self.cache_failed = False
-            except Exception:
-                if not self.cache_failed:
-                    logger.exception("RESULTS_CACHE %r fails; said once, until it works", alias)
-                self.cache_failed = True
+        alias = self.config.options["RESULTS_CACHE"]
+        try:
+            _cache(alias).set(f"django_tasks_local.{self.alias}.{record.id}", record.pack())
+            self.cache_failed = False
+        except Exception:
+            if not self.cache_failed:
+                logger.exception("RESULTS_CACHE %r fails; said once, until it works", alias)
+            self.cache_failed = True
 
     def get(self, result_id: str) -> _Record | None:
         with self.lock:
-            if result_id in self.finished:
+            record = self.active.get(result_id)
+            if not record and (record := self.finished.get(result_id)):
                 self.finished.move_to_end(result_id)
-            return self.active.get(result_id) or self.finished.get(result_id)
+            return record
 
     @contextlib.contextmanager
     def expect(self, result_id: str | None, timeout: float | None) -> Iterator[Any]:
@@ -997,6 +1006,7 @@ class _Worker:
 
     def __init__(self, pool: _Pool, config: _Config) -> None:
         self.pool, self.config = pool, config
+        self.calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.left = threading.Event()
         self.thread = threading.Thread(target=self.main, name=f"tasks-{pool.alias}", daemon=True)
 
@@ -1214,9 +1224,9 @@ class _PoolBackend(BaseTaskBackend):
         self.validate_task(task)
         if self.config.options["RESULTS_CACHE"] or self.worker_class is _ProcessWorker:
             _reference(task.func)
-        arguments = [[*args], {**(kwargs or {})}]
+        arguments = [[*args], {**(kwargs or {})}] if args or kwargs else None
         try:
-            payload = _dump(arguments) if args or kwargs else _NO_ARGUMENTS
+            payload = _dump(arguments) if arguments else _NO_ARGUMENTS
         except TypeError:
             if self.worker_class is _ProcessWorker:
                 _check_pickleable(arguments)
@@ -1240,9 +1250,9 @@ class _PoolBackend(BaseTaskBackend):
 
     def get_result(self, result_id: str) -> TaskResult[..., Any]:
         """Return the result as it is now. Raise TaskResultDoesNotExist."""
-        result_id, alias = str(result_id), self.config.options["RESULTS_CACHE"]
-        if record := _pool(self.alias).get(result_id):
+        if record := _pool(self.alias).get(str(result_id)):
             return record.result()  # type: ignore[no-any-return]
+        result_id, alias = str(result_id), self.config.options["RESULTS_CACHE"]
         if alias and len(result_id) == 36 and result_id.replace("-", "").isalnum():  # Not any key.
             if packed := _cache(alias).get(f"django_tasks_local.{self.alias}.{result_id}"):
                 return _unpack(packed).result()
