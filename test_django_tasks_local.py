@@ -2014,7 +2014,8 @@ if __name__ == "__main__":
 def test_hundred_killers_change_nothing_for_the_next_task(script):
     program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 2, "START_METHOD": "fork"})
     program.start(HUNDRED_KILLERS)
-    assert program.rest()[-3:] == ["last alive", "killed 100", "workers 2"]
+    said = [line for line in program.rest() if line.startswith(("last", "killed", "workers"))]
+    assert said == ["last alive", "killed 100", "workers 2"]  # Between them a failure may be logged.
 
 
 SIGNALLED = """
