@@ -586,12 +586,10 @@ class _Child:
 
     def __init__(self, start_method: str | None) -> None:
         """Start a process and wait until Django is set up in it."""
-        import multiprocessing.sharedctypes
+        import multiprocessing
+        from multiprocessing.sharedctypes import RawValue
 
-        self.sent, self.begun = (
-            0,
-            multiprocessing.sharedctypes.RawValue("L", 0),
-        )  # How much was sent, and came.
+        self.sent, self.begun = 0, RawValue("L", 0)  # How many messages were sent, and came.
         self.loaded: set[str] = set()
         self.busy = True
         with _start_lock:
@@ -734,7 +732,7 @@ class _Pool:
             if due and due > time.time():
                 heapq.heappush(self.deferred, (due, entry))
                 if self.idle:  # It may be due before what the idle ones wait for.
-                    self.idle.pop().calls.put(None)
+                    self.wake()
             else:
                 heapq.heappush(self.ready, entry)
             helper = self.call_helper()
@@ -762,12 +760,15 @@ class _Pool:
         self.idle.clear()
         return [worker for worker in self.workers if worker.config is not config]
 
+    def wake(self) -> None:
+        self.waking = True
+        self.idle.pop().calls.put(None)
+
     def call_helper(self) -> _Worker | None:
         """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
         if self.idle:
             if self.ready and not self.waking:
-                self.waking = True
-                self.idle.pop().calls.put(None)
+                self.wake()
         elif (self.ready or self.deferred) and not (self.starting or self.waking):
             if len(self.workers) < self.config.options["MAX_WORKERS"]:
                 self.starting = self.config.backend_class.worker_class(self, self.config)
@@ -902,8 +903,8 @@ class _Pool:
         None if that is so now. Raise TimeoutError where the wait does."""
         me = current_result_id.get("")
         with self.lock:
-            future = None
-            if self.is_busy() if result_id is None else result_id in self.active:
+            future, busy = None, self.is_busy() if result_id is None else result_id in self.active
+            if busy:
                 if me in self.held:
                     self.check_deadlock(me, result_id)
                 future = self.futures.setdefault(result_id, Future())

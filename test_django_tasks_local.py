@@ -1073,6 +1073,15 @@ def test_waiting_tasks_use_no_worker_and_no_processor_time(use):
     assert (stats["deferred"], stats["running"], stats["pending"]) == (51, 0, 0)
 
 
+def test_one_idle_worker_waits_for_all_that_is_deferred(use):
+    backend = use(MAX_WORKERS=2)
+    deferred = echo.using(run_after=timezone.now() + timedelta(hours=1))
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            backend.wait_result(deferred.enqueue().id, 0.2)
+    assert backend.stats()["workers"] == 1
+
+
 # --- Results
 
 
