@@ -241,9 +241,15 @@ def _reference(func: Callable[..., Any]) -> str:
     )
 
 
+def _setter(name: str) -> Callable[[Any, Any], None]:
+    """Return what sets a field of a frozen TaskResult: its slot, but the backport has none on Python 3.10."""
+    slot = getattr(vars(TaskResult).get(name), "__set__", None)
+    return slot or (lambda result, value: object.__setattr__(result, name, value))
+
+
 _FIELDS = "task id backend status enqueued_at started_at last_attempted_at finished_at worker_ids"
 _FIELDS += " args kwargs errors _return_value"
-_PUT = [getattr(TaskResult, name).__set__ for name in _FIELDS.split()]  # TaskResult is frozen, with slots.
+_PUT = [_setter(name) for name in _FIELDS.split()]
 
 
 class _Record(NamedTuple):
