@@ -710,7 +710,7 @@ class _Pool:
         self.held: set[str] = set()  # Of these what workers have taken.
         self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
         self.ready: list[tuple[int, int, str]] = []  # A heap of (-priority, sequence, id).
-        self.deferred: list[tuple[float, tuple[int, int, str]]] = []  # A heap by due time.
+        self.deferred: list[tuple[float, int, int, str]] = []  # A heap of the same after the due time.
         self.workers: set[_Worker] = set()
         self.idle: list[_Worker] = []  # Who waits to be called.
         self.starting: _Worker | None = None  # Not at the queue yet; there it calls the next one.
@@ -721,30 +721,53 @@ class _Pool:
 
     def submit(self, record: _Record, config: _Config) -> TaskResult[..., Any]:
         """Keep, announce and queue a task, or raise and leave nothing behind."""
-        result = record.result()
+        result, queueing = record.result(), False
         try:
             with self.lock:
                 self.admit(record, config)
             signals.task_enqueued.send(sender=config.backend_class, task_result=result)
             if config.options["RESULTS_CACHE"]:
                 self.publish(record)
+            queueing = True
+            with self.lock:
+                helper = self.queue(record)
+            if helper:
+                self.start(helper)
         except BaseException:  # Of a receiver, or of a signal handler at any time.
-            self.settle(record.id, None)
+            self.withdraw(record.id, queueing)
             raise
+        return result
+
+    def queue(self, record: _Record) -> _Worker | None:
+        """Queue a task, and see to it that a worker comes for it, which may have to be started."""
+        if record.id not in self.active:  # Given up meanwhile, as the process exits.
+            return None
         entry, due = (-record.task.priority, next(_serials), record.id), _due(record.task.run_after)
+        if due and due > time.time():
+            heapq.heappush(self.deferred, (due, *entry))
+            if self.idle:  # It may be due before what the idle ones wait for.
+                self.wake()
+        else:
+            heapq.heappush(self.ready, entry)
+        return self.call_helper()
+
+    def withdraw(self, result_id: str, queueing: bool) -> None:
+        """Forget a task unless a worker has it, and call again: the last call may have been cut off."""
+        helper = None
         with self.lock:
-            if record.id not in self.active:  # Given up meanwhile, as the process exits.
-                return result
-            if due and due > time.time():
-                heapq.heappush(self.deferred, (due, entry))
-                if self.idle:  # It may be due before what the idle ones wait for.
-                    self.wake()
-            else:
-                heapq.heappush(self.ready, entry)
-            helper = self.call_helper()
+            taken = result_id in self.held
+            if queueing and not taken:
+                for heap in (self.ready, self.deferred):
+                    heap[:] = [entry for entry in heap if entry[-1] != result_id]  # type: ignore[index]
+                    heapq.heapify(heap)
+            if queueing:
+                self.workers -= {self.starting}
+                self.starting, self.waking = None, False
+                helper = self.call_helper()
         if helper:
             self.start(helper)
-        return result
+        if not taken:
+            self.settle(result_id, None)
 
     def admit(self, record: _Record, config: _Config) -> None:
         """Keep a task, if there is room for it."""
@@ -767,8 +790,9 @@ class _Pool:
         return [worker for worker in self.workers if worker.config is not config]
 
     def wake(self) -> None:
+        self.idle[-1].calls.put(None)  # First: who has not heard it must still be idle.
         self.waking = True
-        self.idle.pop().calls.put(None)
+        self.idle.pop()
 
     def call_helper(self) -> _Worker | None:
         """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
@@ -802,7 +826,7 @@ class _Pool:
         with _politely(self.lock):
             if self.starting is worker:
                 self.starting = None
-            while stays := worker.config is self.config:
+            while stays := worker.config is self.config and worker in self.workers:
                 timeout = self.promote() if self.deferred else None
                 if self.ready:
                     break
@@ -829,7 +853,7 @@ class _Pool:
         while self.deferred:
             if (left := self.deferred[0][0] - time.time()) > 0:
                 return min(left, 86400.0)
-            heapq.heappush(self.ready, heapq.heappop(self.deferred)[1])
+            heapq.heappush(self.ready, heapq.heappop(self.deferred)[1:])
         return None
 
     def advance(self, record: _Record, sent: Any, context: contextvars.Context) -> bool:
@@ -952,25 +976,31 @@ class _Pool:
     def unfinished(self) -> list[str]:
         """Return the ids of what is pending or running."""
         with self.lock:
-            deferred = {entry[2] for _, entry in self.deferred}
+            deferred = {entry[-1] for entry in self.deferred}
             return [result_id for result_id in self.active if result_id not in deferred]
 
     def close(self, wait: bool | None = None) -> None:
         """Abandon what is deferred; once the rest is finished, have the workers leave."""
         with self.lock:
-            late = [self.active[entry[2]] for _, entry in self.deferred]
-            self.deferred.clear()
-        if late:
-            ids = ", ".join(record.id for record in late)
-            logger.warning("%r is closed, %s deferred tasks are abandoned: %s", self.alias, len(late), ids)
-        self.abandon(late, "its pool was closed before it was due")
-        drain = functools.partial(contextvars.Context().run, self.drain, self.unfinished(), self.config)
+            if self.given_up:
+                return
+            ids, config = list(self.active), self.config
+        # A thread of its own: a signal handler that raises here must not cut it off.
+        drain = threading.Thread(target=self.drain, args=(ids, config), daemon=True)
+        drain.start()
         if current_result_id.get(None) is None if wait is None else wait:
-            drain()
-        else:
-            threading.Thread(target=drain, daemon=True).start()
+            drain.join()
 
     def drain(self, ids: list[str], config: _Config) -> None:
+        known = set(ids)
+        with self.lock:
+            late = [self.active[entry[-1]] for entry in self.deferred if entry[-1] in known]
+            self.deferred = [entry for entry in self.deferred if entry[-1] not in known]
+            heapq.heapify(self.deferred)
+        if late:
+            names = ", ".join(record.id for record in late)
+            logger.warning("%r is closed, %s deferred tasks are abandoned: %s", self.alias, len(late), names)
+        self.abandon(late, "its pool was closed before it was due")
         for result_id in ids:
             self.wait(result_id, None)
         with self.lock:
