@@ -1786,6 +1786,20 @@ def test_dead_child_fails_its_own_task_alone(use, gate, signals):
     assert finished(neighbour).return_value == "done"
 
 
+@task
+def scribble() -> None:
+    for pipe in gc.get_objects():
+        if isinstance(pipe, multiprocessing.connection.Connection) and not pipe.closed and pipe.writable:
+            os.write(pipe.fileno(), b"scribbled on every pipe")
+
+
+@processes
+def test_task_that_writes_to_the_pipe_fails_alone(use):
+    use(MAX_WORKERS=1)
+    assert "Child process" in errors(finished(scribble.enqueue()))
+    assert finished(echo.enqueue(1)).return_value == [[1], {}]
+
+
 @processes
 def test_task_is_not_lost_on_a_child_that_died_idle(use):
     use(MAX_WORKERS=1)
