@@ -58,8 +58,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import django
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
+from django.core.cache import caches
 from django.core.signals import setting_changed
 from django.db import connections, transaction
 from django.db.backends.signals import connection_created
@@ -290,15 +291,13 @@ class _Record(NamedTuple):
 
     def pack(self) -> dict[str, Any]:
         """Return the record as plain data."""
-        task = {field.name: getattr(self.task, field.name) for field in fields(self.task)}
-        task |= {"func": _reference(self.task.func), "run_after": _convert(self.task.run_after)}
+        task = {field.name: _convert(getattr(self.task, field.name)) for field in fields(self.task)}
+        task["func"] = _reference(self.task.func)
         return {**{name: _convert(value) for name, value in self._asdict().items()}, "task": task}
 
 
 def _convert(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return value.value if isinstance(value, TaskResultStatus) else value
+    return value.isoformat() if isinstance(value, datetime) else _exact(value)
 
 
 def _unpack(packed: Mapping[str, Any]) -> _Record:
@@ -331,12 +330,31 @@ class _RemoteError(Exception):
         return RuntimeError(f"{path}: {text}")
 
 
+_coroutines: set[tuple[asyncio.AbstractEventLoop, Any]] = set()  # What runs: the loop and its task.
+
+
+async def _await(func: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Await a coroutine function as ``Task.call`` does, but so that the exit can cancel it: else
+    ``concurrent.futures``, in whose thread ``async_to_sync`` runs it, would wait for its end."""
+    key = asyncio.get_running_loop(), asyncio.current_task()
+    _coroutines.add(key)
+    try:
+        if _exiting:
+            raise asyncio.CancelledError
+        return await func(*args, **kwargs)
+    finally:
+        _coroutines.discard(key)
+
+
 def _call(record: _Record, pickleable: str = "") -> bytes:
     """Call the task and return what it returned, as bytes."""
     args, kwargs = marshal.loads(record.payload)
     if record.task.takes_context:
         args.insert(0, TaskContext(task_result=record.result()))
-    value = record.task.call(*args, **kwargs)
+    if iscoroutinefunction(record.task.func):
+        value = async_to_sync(_await)(record.task.func, *args, **kwargs)
+    else:
+        value = record.task.call(*args, **kwargs)
     try:
         return _NONE if value is None else _dump(value)
     except (TypeError, ValueError, RecursionError) as error:
@@ -362,7 +380,7 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
     path, text = "builtins.BaseException", ""
     with contextlib.suppress(BaseException):
         path = f"{type(error).__module__}.{type(error).__qualname__}".replace("__mp_main__", "__main__")
-        text = str(error)
+        text = _exact(str(error))
     try:
         return path, "".join(traceback.format_exception(type(error), error, frames)), text
     except BaseException:
@@ -371,6 +389,11 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
 
 _here = threading.local()  # Has "connected" in threads that did: to look at connections takes its time.
 connection_created.connect(lambda **kwargs: setattr(_here, "connected", True), weak=False)
+
+
+def _log_exception(message: str, *args: Any) -> None:
+    with contextlib.suppress(BaseException):  # A log handler may raise, and no worker must end by it.
+        logger.exception(message, *args)
 
 
 def _clean_connections() -> None:
@@ -385,7 +408,7 @@ def _clean_connections() -> None:
             elif connection.connection is not None:
                 connection.connection.rollback()  # Of a BEGIN that Django does not know of.
         except Exception:
-            logger.exception("Connection %r could not be closed, it is dropped", connection.alias)
+            _log_exception("Connection %r could not be closed, it is dropped", connection.alias)
             del connections[connection.alias]
 
 
@@ -395,9 +418,9 @@ class _Peer:
     answers the calls that come meanwhile: the parent runs a task in the child, which may enqueue."""
 
     def __init__(self, reader: Any, writer: Any) -> None:
-        self.reader, self.writer = reader, writer
+        self.reader, self.writer, self.unread = reader, writer, bytearray()
         self.lock = threading.Lock()  # In a child: of the thread that calls, or ends the task.
-        self.listens = True  # In a child: whether a task runs, so that the parent listens.
+        self.listens = False  # In a child: whether a task runs, so that the parent listens.
 
     def send(self, *message: Any) -> None:
         data = marshal.dumps(message)
@@ -411,38 +434,45 @@ class _Peer:
         """Return a message. On POSIX one system call is mostly enough for it, and each gives up the GIL."""
         if os.name != "posix":
             return marshal.loads(self.reader.recv_bytes())
-        data, size = bytearray(), 0
-        while len(data) < 8 + size:
+        while (end := 8 + int.from_bytes(self.unread[:8], "big")) > len(self.unread):
             part = os.read(self.reader.fileno(), 65536)
-            data += part
-            size = int.from_bytes(data[:8], "big")
-            if not part or size > sys.maxsize // 2:  # The end, or what is not ours.
+            if not part or end > sys.maxsize // 2:  # The pipe has ended, or holds what is not ours.
                 raise EOFError
-        return marshal.loads(data[8:])
+            self.unread += part
+        message = marshal.loads(self.unread[8:end])
+        del self.unread[:end]
+        return message
 
-    def receive(self, deadline: float | None = None, context: Any = None) -> Any:
-        """Return what the other end returns; raise _RemoteError for what it raises, TimeoutError."""
+    def receive(self, number: int, deadline: float | None = None, context: Any = None) -> Any:
+        """Return what the other end returns for this call; raise _RemoteError for what it raises.
+
+        A reply to another call is dropped: the exception of a signal handler has ended the wait for it.
+        """
         while True:
-            if deadline and not self.reader.poll(max(0.0, deadline - time.monotonic())):
+            if deadline and not self.unread and not self.reader.poll(max(0.0, deadline - time.monotonic())):
                 raise TimeoutError("The task ran for longer than its TASK_TIMEOUT")
-            kind, *content = self.read()
-            if kind == "returned":
-                return content[0]
-            if kind == "raised":
+            kind, of, *content = self.read()
+            if kind not in _REPLIES:
+                self.send(*context.run(_outcome, kind, of, *content))
+            elif of == number:
+                if kind == "returned":
+                    return content[0]
                 raise _RemoteError(*content)
-            self.send(*context.run(_outcome, kind, *content, deadline))
 
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
 
-def _outcome(name: str, *args: Any) -> tuple[Any, ...]:
-    """Call one of the functions that parent and child offer each other."""
+_REPLIES = ("returned", "raised")
+
+
+def _outcome(name: str, number: int, *args: Any) -> tuple[Any, ...]:
+    """Call one of the functions that parent and child offer each other; return the reply."""
     try:
-        return "returned", globals()[f"_answer_{name}"](*args)
+        return "returned", number, globals()[f"_answer_{name}"](*args)
     except BaseException as error:
-        return "raised", *_describe(error)
+        return "raised", number, *_describe(error)
 
 
 _parent: _Peer | None = None  # Set in a child, and there only.
@@ -467,16 +497,25 @@ def _answer_run(reference: str, packed: dict[str, Any]) -> bytes:
         _clean_connections()
 
 
-def _answer_pool(alias: str, method: str, args: list[Any], deadline: float | None) -> Any:
-    """In the parent: call a pool for a child, which may wait for no longer than its task may run."""
+def _answer_pool(alias: str, method: str, args: list[Any]) -> Any:
+    """In the parent: call a pool for a child."""
     if method == "submit":
         _pool(alias).submit(_unpack(args[0]), task_backends[alias].config)  # type: ignore[attr-defined]
         return None
-    if method == "wait" and deadline:
-        left = max(0.0, deadline - time.monotonic())
-        args = [args[0], left if args[1] is None else min(args[1], left)]
     reply = getattr(_pool(alias), method)(*args)
     return reply.pack() if isinstance(reply, _Record) else reply
+
+
+_LATE = "{} not finished in time"
+
+
+def _turns(timeout: float | None) -> Iterator[float]:
+    """Yield the seconds of a child's wait in turns: between them other threads of the task may call, and
+    what the task has cancelled or interrupted comes to its end."""
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    while (left := end - time.monotonic()) > 0.1:
+        yield 0.1
+    yield max(0.0, left)
 
 
 class _Remote:
@@ -492,14 +531,20 @@ class _Remote:
         self.ask("submit", record.pack())
         return record.result()
 
+    def wait(self, result_id: str | None, timeout: float | None) -> _Record | None:
+        for turn in _turns(timeout):
+            with contextlib.suppress(TimeoutError):
+                return self.ask("wait", result_id, turn)  # type: ignore[no-any-return]
+        raise TimeoutError(_LATE.format(result_id or "Tasks"))
+
     def ask(self, method: str, *args: Any) -> Any:
         assert _parent
         try:
             with _parent.lock:
                 if not _parent.listens:
                     raise RuntimeError(f"{method}() was called in a child process where no task runs")
-                _parent.send("pool", self.alias, method, args)
-                reply = _parent.receive()
+                _parent.send("pool", number := next(_serials), self.alias, method, args)
+                reply = _parent.receive(number)
         except _RemoteError as error:
             raise error.original() from None
         return _unpack(reply) if isinstance(reply, dict) and "payload" in reply else reply
@@ -512,19 +557,20 @@ def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) 
     peer, pid = _Peer(requests, answers), os.getpid()
     try:
         _set_up_django(*site)
-        outcome: tuple[Any, ...] = ("returned", None)
+        outcome: tuple[Any, ...] = ("returned", 0, None)
     except BaseException as error:
-        outcome = ("raised", *_describe(error))
+        outcome = ("raised", 0, *_describe(error))
     _parent = peer
     with contextlib.suppress(EOFError, OSError):
         while True:
             with peer.lock:
                 peer.listens = False
                 peer.send(*outcome)
-            kind, *content = peer.read()
+            while (message := peer.read())[0] in _REPLIES:
+                pass  # To a call that has ended before.
             begun.value += 1  # From now on the task is not to be run by another one.
             peer.listens = True
-            outcome = contextvars.Context().run(_outcome, kind, *content)
+            outcome = contextvars.Context().run(_outcome, *message)
             if os.getpid() != pid:  # The task forked, and this is the copy.
                 os._exit(0)
 
@@ -553,6 +599,7 @@ def _leave_group(alive: Any) -> None:
         import fcntl
 
         fcntl.fcntl(alive.fileno(), fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(alive.fileno(), fcntl.F_SETSIG, signal.SIGKILL)  # It reaches stopped processes, too.
         fcntl.fcntl(alive.fileno(), fcntl.F_SETFL, os.O_ASYNC)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -646,15 +693,16 @@ class _Child:
         except ChildProcessError:  # A fork has left us with the fork server of our parent.
             self.start("spawn", *ends)
 
-    def send(self, *message: Any) -> None:
-        self.sent, self.busy = self.sent + 1, True
+    def send(self, kind: str, *content: Any) -> None:
+        self.busy = True
         with contextlib.suppress(OSError):  # It is dead, as receive() will see.
-            self.peer.send(*message)
+            self.peer.send(kind, self.sent + 1, *content)
+        self.sent += 1
 
     def receive(self, *args: Any) -> Any:
         """Return what the child returns; raise what it raises, TimeoutError or ChildProcessError."""
         try:
-            return self.peer.receive(*args)
+            return self.peer.receive(self.sent, *args)
         except _RemoteError:
             raise
         except TimeoutError:
@@ -662,6 +710,7 @@ class _Child:
             raise
         except Exception:  # The pipe has ended, or holds what is not ours.
             self.process.join(1)
+            _kill_group(self.process.pid)  # What the task has started goes with it.
             self.kill()
         finally:
             self.busy = False
@@ -742,8 +791,7 @@ class _Pool:
             queueing = True
             with self.lock:
                 helper = self.queue(record)
-            if helper:
-                self.start(helper)
+            self.start(helper)
         except BaseException:  # Of a receiver, or of a signal handler at any time.
             self.withdraw(record.id, queueing)
             raise
@@ -751,7 +799,7 @@ class _Pool:
 
     def queue(self, record: _Record) -> _Worker | None:
         """Queue a task, and see to it that a worker comes for it, which may have to be started."""
-        if record.id not in self.active:  # Given up meanwhile, as the process exits.
+        if self.given_up:  # And the task with it, as the process exits.
             return None
         entry, due = (-record.task.priority, next(_serials), record.id), _due(record.task.run_after)
         if due and due > time.time():
@@ -776,8 +824,7 @@ class _Pool:
                 self.workers -= {self.starting}
                 self.starting, self.waking = None, False
                 helper = self.call_helper()
-        if helper:
-            self.start(helper)
+        self.start(helper)
         if not taken:
             self.settle(result_id, None)
 
@@ -818,8 +865,10 @@ class _Pool:
                 return self.starting
         return None
 
-    def start(self, worker: _Worker) -> None:
-        """Start one worker more; if that fails, those who are there must do, if any are."""
+    def start(self, worker: _Worker | None) -> None:
+        """Start a worker, if one is to start; if that fails, those who are there must do, if any are."""
+        if not worker:
+            return
         try:
             worker.thread.start()
         except RuntimeError as error:
@@ -856,8 +905,7 @@ class _Pool:
             else:
                 self.workers.discard(worker)
             helper = self.call_helper()
-        if helper:
-            self.start(helper)
+        self.start(helper)
         return record
 
     def promote(self) -> float | None:
@@ -882,8 +930,7 @@ class _Pool:
         try:
             context.run(sent.send_robust, sender=self.config.backend_class, task_result=record.result())
         except BaseException:
-            with contextlib.suppress(BaseException):  # A log handler may raise as well.
-                logger.exception("A signal receiver raised for task result %s", record.id)
+            _log_exception("A signal receiver raised for task result %s", record.id)
         return True
 
     def conclude(
@@ -913,23 +960,24 @@ class _Pool:
                 while len(self.finished) > self.config.options["MAX_RESULTS"]:
                     self.finished.popitem(last=False)
             done = [self.futures.pop(result_id, None)]
-            if not self.is_busy():
+            if not (self.ready or self.held):
                 done.append(self.futures.pop(None, None))
         for future in filter(None, done):
             future.set_result(record)
 
-    def is_busy(self) -> bool:
-        return len(self.active) > len(self.deferred)
-
     def publish(self, record: _Record) -> None:
         """Write to RESULTS_CACHE; if that fails, say so once and go on."""
-        alias = self.config.options["RESULTS_CACHE"]
+        alias, written = self.config.options["RESULTS_CACHE"], None
         try:
-            _cache(alias).set(f"django_tasks_local.{self.alias}.{record.id}", record.pack())
+            while record is not written:  # Another thread may have been faster with a later status.
+                written = record
+                caches[alias].set(f"django_tasks_local.{self.alias}.{record.id}", record.pack())
+                with self.lock:
+                    record = self.active.get(record.id) or self.finished.get(record.id, record)
             self.cache_failed = False
         except Exception:
             if not self.cache_failed:
-                logger.exception("RESULTS_CACHE %r fails; said once, until it works", alias)
+                _log_exception("RESULTS_CACHE %r fails; said once, until it works", alias)
             self.cache_failed = True
 
     def get(self, result_id: str) -> _Record | None:
@@ -945,8 +993,8 @@ class _Pool:
         None if that is so now. Raise TimeoutError where the wait does."""
         me = current_result_id.get("")
         with self.lock:
-            future, busy = None, self.is_busy() if result_id is None else result_id in self.active
-            if busy:
+            future = None
+            if (self.ready or self.held) if result_id is None else result_id in self.active:
                 if me in self.held:
                     self.check_deadlock(me, result_id)
                 future = self.futures.setdefault(result_id, Future())
@@ -955,7 +1003,7 @@ class _Pool:
         try:
             yield future
         except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
-            raise TimeoutError(f"{result_id or 'Tasks'} not finished after {timeout} seconds") from None
+            raise TimeoutError(_LATE.format(result_id or "Tasks")) from None
         finally:
             with self.lock:
                 self.waiting.pop(me, None)
@@ -965,7 +1013,7 @@ class _Pool:
         chain: str | None = result_id or me
         while chain and chain != me:
             chain = self.waiting.get(chain)
-        stuck = {key for key, other in self.waiting.items() if other is None or other in self.active}
+        stuck = {key for key, other in self.waiting.items() if other in self.active}
         if chain == me or len({*stuck, me}) >= self.config.options["MAX_WORKERS"]:
             raise RuntimeError(
                 f"Task result {me} would wait for {result_id or 'all tasks'} for ever: that one waits for "
@@ -986,17 +1034,17 @@ class _Pool:
         return {**counts, "pid": os.getpid()}
 
     def unfinished(self) -> list[str]:
-        """Return the ids of what is pending or running."""
+        """Return the ids of what is running or pending."""
         with self.lock:
-            deferred = {entry[-1] for entry in self.deferred}
-            return [result_id for result_id in self.active if result_id not in deferred]
+            return [*self.held, *(entry[2] for entry in self.ready)]
 
     def close(self, wait: bool | None = None) -> None:
         """Abandon what is deferred; once the rest is finished, have the workers leave."""
         with self.lock:
             if self.given_up:
                 return
-            ids, config = list(self.active), self.config
+            config, queued = self.config, (*self.ready, *self.deferred)
+            ids = [*self.held, *(entry[-1] for entry in queued)]
         # A thread of its own: a signal handler that raises here must not cut it off.
         drain = threading.Thread(target=self.drain, args=(ids, config), daemon=True)
         drain.start()
@@ -1026,19 +1074,13 @@ class _Pool:
             self.given_up = True
             records = [record for record in self.active.values() if not record.finished_at]
             self.ready, self.deferred = [], []
-        self.abandon(records, "the process exits, and SHUTDOWN_TIMEOUT is over")
+        self.abandon(records, "the process exits")
         with self.lock:
             children = [worker.child for worker in self.renew(self.config._replace())]
         for child in children:
             if child and child.busy:
                 child.end()
         return [record.id for record in records]
-
-
-def _cache(alias: str) -> Any:
-    from django.core.cache import caches
-
-    return caches[alias]
 
 
 def _due(run_after: datetime | None) -> float:
@@ -1073,10 +1115,12 @@ class _Worker:
                 self.pool.conclude(self.record, context, value)
             del context
             self.prepare()
-        if self.child:
-            self.child.kill(patience=5)
-        connections.close_all()
-        self.left.set()
+        try:
+            if self.child:
+                self.child.kill(patience=5)
+            connections.close_all()
+        finally:
+            self.left.set()
 
     def prepare(self) -> None:
         """Get ready for the next task."""
@@ -1109,8 +1153,7 @@ class _ProcessWorker(_Worker):
 
     def execute(self, context: contextvars.Context) -> bytes:
         task, limit = self.record.task, self.config.options["TASK_TIMEOUT"]
-        sent: Any = signals.task_started
-        reference = _reference(task.func)
+        reference, announced, again = _reference(task.func), False, False
         while True:
             child = self.child = self.child or _Child(self.config.options["START_METHOD"])
             try:
@@ -1122,15 +1165,16 @@ class _ProcessWorker(_Worker):
                 short = {"payload": record.payload, "id": record.id, "alias": record.alias}
                 deadline = limit and time.monotonic() + limit
                 child.send("run", reference, record.pack() if task.takes_context else short)
-                if not self.pool.advance(record, sent, context):
+                if not self.pool.advance(record, None if announced else signals.task_started, context):
                     child.end()
+                announced = True
                 return child.receive(deadline, context)  # type: ignore[no-any-return]
             except (ChildProcessError, TimeoutError):
                 self.child = None
-                # A child that died idle has not begun the task: another one takes it, without a signal.
-                if sent is None or child.begun.value >= child.sent:
+                # Of a child that died idle, which has not begun the task, another one takes it.
+                if again or child.begun.value >= child.sent:
                     raise
-                sent = None
+                again = True
 
 
 # --- Process-wide: pools by alias, settings, fork, exit -------------------------------------------
@@ -1149,11 +1193,10 @@ def _pool(alias: str) -> Any:
     process = getattr(sys.modules.get("multiprocessing.process"), "current_process", None)
     if process and process().name == _CHILD_NAME:
         raise RuntimeError(
-            "A child process that imports the main script must not enqueue, or tasks would run twice: "
-            "put what the script does under: if __name__ == '__main__'"
+            "A child process must not enqueue while it starts, or tasks would run twice: put what the main "
+            "script does under: if __name__ == '__main__'"
         )
-    with _start_lock:
-        return _pools.setdefault(alias, _Pool(alias))
+    return _pools.setdefault(alias, _Pool(alias))
 
 
 def _close_changed(*, setting: str, **kwargs: Any) -> None:
@@ -1202,6 +1245,9 @@ def _shutdown() -> None:
     with _start_lock:
         _exiting = True
     lost += [result_id for pool in list(_pools.values()) for result_id in pool.give_up()]
+    for loop, coroutine in list(_coroutines):
+        with contextlib.suppress(RuntimeError):  # The loop has just ended.
+            loop.call_soon_threadsafe(coroutine.cancel)
     if lost:
         logger.warning("The process exits, %s tasks are FAILED: %s", len(lost), ", ".join(lost))
     end = time.monotonic() + 5  # Of the patience for idle children; those at work were ended.
@@ -1219,7 +1265,7 @@ def _await_work(lost: list[str]) -> None:
         limit = pool.config.options["SHUTDOWN_TIMEOUT"]
         return math.inf if limit is None else begun + limit
 
-    while busy := [pool for pool in sorted(list(_pools.values()), key=end) if pool.unfinished()]:
+    while busy := [pool for pool in sorted(_pools.values(), key=end) if pool.unfinished()]:
         ids = [result_id for pool in busy if end(pool) > begun for result_id in pool.unfinished()]
         if ids and not said:
             said = True
@@ -1303,7 +1349,7 @@ class _PoolBackend(BaseTaskBackend):
             return record.result()  # type: ignore[no-any-return]
         result_id, alias = str(result_id), self.config.options["RESULTS_CACHE"]
         if alias and len(result_id) == 36 and result_id.replace("-", "").isalnum():  # Not any key.
-            if packed := _cache(alias).get(f"django_tasks_local.{self.alias}.{result_id}"):
+            if packed := caches[alias].get(f"django_tasks_local.{self.alias}.{result_id}"):
                 return _unpack(packed).result()
         raise TaskResultDoesNotExist(
             f"No task result {result_id!r} of {self.alias!r} in process {os.getpid()}: results live in the "
@@ -1327,7 +1373,11 @@ class _PoolBackend(BaseTaskBackend):
     async def await_result(self, result_id: str, timeout: float | None = None) -> TaskResult[..., Any]:
         """Do as ``wait_result`` without blocking the event loop."""
         if _parent:
-            return await sync_to_async(self.wait_result, thread_sensitive=False)(result_id, timeout)
+            wait = sync_to_async(self.wait_result, thread_sensitive=False)
+            for turn in _turns(timeout):
+                with contextlib.suppress(TimeoutError):
+                    return await wait(result_id, turn)
+            raise TimeoutError(_LATE.format(result_id))
         with _pool(self.alias).expect(str(result_id), timeout) as future:
             record = future and await asyncio.wait_for(asyncio.wrap_future(future), timeout)
         return self._finished(record.result() if record else await self.aget_result(result_id))

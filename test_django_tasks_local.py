@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import ctypes
+import enum
 import faulthandler
 import fcntl
 import functools
@@ -122,6 +123,7 @@ else:
 
 from django.db import connections, transaction
 from django.utils import timezone, translation
+from django.utils.safestring import mark_safe
 
 import django_tasks_local
 from django_tasks_local import ProcessPoolBackend, TaskQueueFull, ThreadPoolBackend, current_result_id
@@ -1450,6 +1452,88 @@ def test_a_child_gets_the_error_of_the_parent_or_its_name(use, connect, error, t
     assert (name, said[-len(text) :]) == (there, text)
 
 
+class Level(enum.IntEnum):
+    HIGH = 7
+
+
+class Queue(str, enum.Enum):
+    MAIL = "mail"
+
+
+@task
+def refuse_politely() -> None:
+    raise ValueError(mark_safe("<b>no</b>"))
+
+
+def test_subclasses_of_plain_types_cross_to_a_child_and_back(use):
+    backend = use({"QUEUES": []})
+    result = finished(look.using(priority=Level.HIGH, queue_name=Queue.MAIL).enqueue())
+    assert result.status == SUCCESSFUL, result.errors
+    assert (result.task.priority, result.task.queue_name) == (7, "mail")
+    assert "ValueError: <b>no</b>" in errors(finished(refuse_politely.enqueue()))
+    assert backend.stats()["running"] == 0
+
+
+def test_join_and_close_do_not_wait_for_a_task_that_is_not_enqueued_yet(backend, connect):
+    def receive(task_result, **kwargs):
+        backend.join(TIMEOUT)
+        backend.close()
+
+    connect(receive, task_enqueued)
+    due = timezone.now() + timedelta(days=1)
+    result = echo.using(run_after=due).enqueue()
+    assert backend.get_result(result.id).status == READY
+    assert backend.stats()["deferred"] == 1
+
+
+@task
+def wait_impatiently(result_id: str) -> list[str]:
+    def ring(*args: Any) -> None:
+        raise InterruptedError
+
+    def wait() -> None:
+        with contextlib.suppress(TimeoutError):
+            task_backends["default"].wait_result(result_id, 0.001)
+            task_backends["default"].stats()
+
+    signal.signal(signal.SIGALRM, ring)
+    for _ in range(50):
+        with contextlib.suppress(InterruptedError):
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.002))
+            while True:
+                wait()
+    return [task_backends["default"].get_result(result_id).id, echo.enqueue("after").id]
+
+
+@processes
+def test_interrupted_call_of_a_child_does_not_confuse_the_next_one(use, gate, signals):
+    use(MAX_WORKERS=2)
+    running = wait_at.enqueue(gate.path)
+    await_signal(signals, "started", running.id)
+    for _ in range(3):
+        found, after = outcome(wait_impatiently.enqueue(running.id))
+        assert found == running.id
+        assert finished(task_backends["default"].get_result(after)).return_value == [["after"], {}]
+    assert outcome(echo.enqueue(1)) == [[1], {}]
+
+
+@task
+async def await_and_call(result_id: str) -> list[Any]:
+    backend = task_backends["default"]
+    waiting = asyncio.ensure_future(backend.await_result(result_id))
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(backend.await_result(result_id), 0.01)
+    other = await echo.aenqueue("other")
+    return [(await backend.await_result(other.id)).return_value, waiting.done()]
+
+
+def test_task_can_call_while_it_awaits_and_end_before_that(use, gate, signals):
+    use(MAX_WORKERS=3)
+    running = wait_at.enqueue(gate.path)
+    await_signal(signals, "started", running.id)
+    assert outcome(await_and_call.enqueue(running.id)) == [[["other"], {}], False]
+
+
 @task
 def try_to_stop():
     backend = task_backends["default"]
@@ -1800,6 +1884,32 @@ def test_task_that_writes_to_the_pipe_fails_alone(use):
     assert finished(echo.enqueue(1)).return_value == [[1], {}]
 
 
+@task
+def start_and_die(path: str) -> None:
+    Path(path).write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@processes
+def test_what_a_task_has_started_ends_with_its_child_that_was_killed(use, tmp_path):
+    use(MAX_WORKERS=1)
+    assert "SIGKILL" in errors(finished(start_and_die.enqueue(str(tmp_path / "pid"))))
+    assert wait_gone(int((tmp_path / "pid").read_text()))
+
+
+@processes
+def test_signals_of_a_task_come_once_where_its_child_died_idle(use, signals):
+    use(MAX_WORKERS=1)
+    pid = finished(identify.enqueue()).return_value[0]
+    os.kill(pid, signal.SIGKILL)
+    assert wait_gone(pid)
+    result = finished(echo.enqueue(1))  # Its module has to be imported in the child, too.
+    assert result.status == SUCCESSFUL
+    sent = [name for name, of in [signals.get() for _ in range(6)] if of.id == result.id]
+    assert sent == ["enqueued", "started", "finished"]
+    assert signals.empty()
+
+
 @processes
 def test_task_is_not_lost_on_a_child_that_died_idle(use):
     use(MAX_WORKERS=1)
@@ -2060,7 +2170,8 @@ def be_interrupted(call):
         os.stat(".")  # This gives up the GIL: else, if another thread got the signal, it is not noticed.
 
 if __name__ == "__main__":
-    backend, deferred = task_backends["default"], echo.using(run_after=datetime.now(timezone.utc) + timedelta(1))
+    backend, due = task_backends["default"], datetime.now(timezone.utc) + timedelta(days=1)
+    deferred = echo.using(run_after=due)
     calls = itertools.cycle([backend.stats, lambda: echo.enqueue(1), lambda: deferred.enqueue(2)])
     rung = []
     signal.signal(signal.SIGALRM, ring)
@@ -2198,6 +2309,7 @@ BUSY = {
     "loop": lambda: all(iter(int, 1)),
     "GIL": lambda: sum(range(10**11)),
     "subprocess": lambda: os.system("sleep 1000"),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
 @task
@@ -2228,9 +2340,10 @@ if __name__ == "__main__":
     ],
 )
 def test_children_end_with_their_parent_and_free_its_port(script, method, number):
-    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 5, "START_METHOD": method})
+    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 6, "START_METHOD": method})
     program.start(PARENT)
-    said = [program.line(word) for word in ("idle", "port", "sleep", "loop", "GIL", "subprocess")]
+    words = ("idle", "port", "sleep", "loop", "GIL", "subprocess", "stopped")
+    said = [program.line(word) for word in words]
     pids = {word: int(number) for word, number in map(str.split, said)}
     port = pids.pop("port")
     started = descendants(program.process.pid)
@@ -2334,6 +2447,27 @@ def test_exit_fails_what_is_left_when_its_time_is_up(script, kind, timeout):
     assert program.code == 3
     assert not any("Ctrl-C" in line or line.startswith("ran") for line in said)
     assert_lost(said, ids)
+
+
+HANGING = """
+@task
+async def hang():
+    say("hangs")
+    await asyncio.Event().wait()
+
+if __name__ == "__main__":
+    result = hang.enqueue()
+    while not task_backends["default"].get_result(result.id).started_at:
+        os.sched_yield()
+"""
+
+
+@each_kind
+def test_coroutine_that_never_ends_does_not_hold_up_the_exit(script, kind):
+    program = script(default={"kind": kind, "MAX_WORKERS": 1, "SHUTDOWN_TIMEOUT": 0})
+    program.start("import asyncio\n" + HANGING)
+    assert any("1 tasks are FAILED" in line for line in program.rest())
+    assert program.code == 0
 
 
 CTRL_C = (
@@ -3560,9 +3694,10 @@ def test_the_readme_lists_the_messages_that_there_are():
     tree = ast.parse(Path(django_tasks_local.__file__).read_text(encoding="utf-8"))
     written = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger."):
-            level = node.func.attr.upper().replace("EXCEPTION", "ERROR")
-            written.add((level, re.sub(r"%[rs]", "…", node.args[0].value)))
+        if isinstance(node, ast.Call) and isinstance((node.args or [None])[0], ast.Constant):
+            if found := re.match("logger[.](.+)|_log_(exception)", ast.unparse(node.func)):
+                level = (found[1] or found[2]).upper().replace("EXCEPTION", "ERROR")
+                written.add((level, re.sub(r"%[rs]", "…", node.args[0].value)))
     assert {(level, message.strip("`")) for level, message, _ in rows("Level | Message")} == written
 
 
@@ -4280,6 +4415,7 @@ BUSY, COST, PENDING, FINISHED = "enqueue, busy pool", "task", "get_result, pendi
 def measure_idle(table: Table, who: str, pool: Pool) -> None:
     submit = pool.submitter(read_clock)
     for _ in range(100):
+        time.sleep(0.002)  # As between two requests: for inline, too, nothing is warm.
         begun = clock()
         handle = submit()
         table.seconds[who, IDLE].append(clock() - begun)
