@@ -120,11 +120,11 @@ _OPTIONS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
     "MAX_PENDING": (None, *_COUNT),
     "SHUTDOWN_TIMEOUT": (None, "seconds, 0 or more", _is_seconds),
     "RESULTS_CACHE": (None, _CACHE, _is_shared_cache),
-    # From here on for processes only.
     "TASK_TIMEOUT": (None, "seconds, more than 0", lambda value: _is_seconds(value) and value > 0),
     "MAX_TASKS_PER_CHILD": (None, *_COUNT),
     "START_METHOD": (None, f"one of {', '.join(_START_METHODS)}", lambda v: v in _START_METHODS),
 }
+_FOR_PROCESSES = ("TASK_TIMEOUT", "MAX_TASKS_PER_CHILD", "START_METHOD")
 _DEFAULTS = {name: default for name, (default, _, _) in _OPTIONS.items()}
 
 
@@ -160,7 +160,7 @@ def _problem(name: Any, value: Any, processes: bool) -> str | None:
 
         near = difflib.get_close_matches(str(name).upper(), _OPTIONS, 1, 0.5) or [", ".join(_OPTIONS)]
         return f"is no option (did you mean {near[0]}?)"
-    if not processes and [*_OPTIONS].index(name) >= [*_OPTIONS].index("TASK_TIMEOUT"):
+    if not processes and name in _FOR_PROCESSES:
         return "is for ProcessPoolBackend (a thread cannot be stopped or replaced from outside)"
     default, right, check = _OPTIONS[name]
     if check(value) or (value is None and default is None):
@@ -553,7 +553,7 @@ class _Remote:
 def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) -> None:
     """Run what comes in until the parent closes the pipe."""
     global _parent
-    _leave_group(alive)
+    _detach(alive)
     peer, pid = _Peer(requests, answers), os.getpid()
     try:
         _set_up_django(*site)
@@ -575,7 +575,7 @@ def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) 
                 os._exit(0)
 
 
-def _leave_group(alive: Any) -> None:
+def _detach(alive: Any) -> None:
     """Drop the signal handling of a forked parent, ignore Ctrl-C, and die once the parent is gone.
 
     The parent never writes to ``alive``. A thread waits for its end; on Linux the kernel does too, also
@@ -757,17 +757,18 @@ def _politely(lock: Any) -> Any:
     return lock
 
 
-_SIGNALS = (signals.task_enqueued, signals.task_started, signals.task_finished)
-
-
 class _Pool:
-    """All there is under one alias; ``lock`` guards it."""
+    """All there is under one alias; ``lock`` guards it.
+
+    A task is submitted (admitted, announced, placed in a queue) or withdrawn as if it had never been; taken;
+    advanced to RUNNING; concluded (advanced to its end and settled), or abandoned: concluded as FAILED.
+    """
 
     def __init__(self, alias: str) -> None:
         self.alias, self.config = alias, _Config(0, None, {}, _DEFAULTS, None)
         self.lock = threading.Lock()
         self.active: dict[str, _Record] = {}  # Until all that goes with their end is done.
-        self.held: set[str] = set()  # Of these what workers have taken.
+        self.taken: set[str] = set()  # Of these what workers have taken.
         self.finished: OrderedDict[str, _Record] = OrderedDict()  # The least recently used first.
         self.ready: list[tuple[int, int, str]] = []  # A heap of (-priority, sequence, id).
         self.deferred: list[tuple[float, int, int, str]] = []  # A heap of the same after the due time.
@@ -790,14 +791,14 @@ class _Pool:
                 self.publish(record)
             queueing = True
             with self.lock:
-                helper = self.queue(record)
+                helper = self.place(record)
             self.start(helper)
         except BaseException:  # Of a receiver, or of a signal handler at any time.
             self.withdraw(record.id, queueing)
             raise
         return result
 
-    def queue(self, record: _Record) -> _Worker | None:
+    def place(self, record: _Record) -> _Worker | None:
         """Queue a task, and see to it that a worker comes for it, which may have to be started."""
         if self.given_up:  # And the task with it, as the process exits.
             return None
@@ -814,8 +815,8 @@ class _Pool:
         """Forget a task unless a worker has it, and call again: the last call may have been cut off."""
         helper = None
         with self.lock:
-            taken = result_id in self.held
-            if queueing and not taken:
+            running = result_id in self.taken
+            if queueing and not running:
                 heaps: tuple[list[Any], ...] = (self.ready, self.deferred)
                 for heap in heaps:
                     heap[:] = [entry for entry in heap if entry[-1] != result_id]
@@ -825,7 +826,7 @@ class _Pool:
                 self.starting, self.waking = None, False
                 helper = self.call_helper()
         self.start(helper)
-        if not taken:
+        if not running:
             self.settle(result_id, None)
 
     def admit(self, record: _Record, config: _Config) -> None:
@@ -835,7 +836,7 @@ class _Pool:
         if self.config.serial < config.serial:
             self.renew(config)
         limit = config.options["MAX_PENDING"]
-        if limit and len(self.active) - len(self.held) >= limit:
+        if limit and len(self.active) - len(self.taken) >= limit:
             name = record.task.module_path
             raise TaskQueueFull(f"{self.alias!r} has {limit} tasks pending (MAX_PENDING), {name} was refused")
         self.active[record.id] = record
@@ -901,7 +902,7 @@ class _Pool:
                     self.idle.remove(worker)
             if stays:
                 record = self.active[heapq.heappop(self.ready)[2]]
-                self.held.add(record.id)
+                self.taken.add(record.id)
             else:
                 self.workers.discard(worker)
             helper = self.call_helper()
@@ -916,19 +917,19 @@ class _Pool:
             heapq.heappush(self.ready, heapq.heappop(self.deferred)[1:])
         return None
 
-    def advance(self, record: _Record, sent: Any, context: contextvars.Context) -> bool:
+    def advance(self, record: _Record, event: Any, context: contextvars.Context) -> bool:
         """Put a changed record in the place of the old one and let it be known. False: it was given up."""
         with _politely(self.lock):
             if (old := self.active.get(record.id)) is None or old.finished_at:
                 return False
             self.active[record.id] = record
-        if sent is None:
+        if event is None:
             return True
         if self.config.options["RESULTS_CACHE"]:
             self.publish(record)
-        _politely(sent.lock)  # Which ``send`` takes.
+        _politely(event.lock)  # Which ``send`` takes.
         try:
-            context.run(sent.send_robust, sender=self.config.backend_class, task_result=record.result())
+            context.run(event.send_robust, sender=self.config.backend_class, task_result=record.result())
         except BaseException:
             _log_exception("A signal receiver raised for task result %s", record.id)
         return True
@@ -946,7 +947,7 @@ class _Pool:
     def abandon(self, records: Iterable[_Record], why: str) -> None:
         for record in records:
             try:
-                raise RuntimeError(f"The task was abandoned: {why}")
+                raise RuntimeError(f"The task was abandoned: {why}")  # Django logs the error that is handled.
             except RuntimeError as error:
                 self.conclude(record, contextvars.Context(), _NONE, error)
 
@@ -954,13 +955,13 @@ class _Pool:
         """Let go of a task, keep what it came to, and wake those who wait for it."""
         with _politely(self.lock):
             self.active.pop(result_id, None)
-            self.held.discard(result_id)
+            self.taken.discard(result_id)
             if record:
                 self.finished[result_id] = record
                 while len(self.finished) > self.config.options["MAX_RESULTS"]:
                     self.finished.popitem(last=False)
             done = [self.futures.pop(result_id, None)]
-            if not (self.ready or self.held):
+            if not (self.ready or self.taken):
                 done.append(self.futures.pop(None, None))
         for future in filter(None, done):
             future.set_result(record)
@@ -989,13 +990,13 @@ class _Pool:
 
     @contextlib.contextmanager
     def expect(self, result_id: str | None, timeout: float | None) -> Iterator[Any]:
-        """Give, for the time of a wait, a future of the finished record, or of the end of all tasks (None);
-        None if that is so now. Raise TimeoutError where the wait does."""
+        """Yield a future of the finished record, or for None of the time when no task is pending or running;
+        yield None if there is nothing to wait for. Raise TimeoutError where the wait does."""
         me = current_result_id.get("")
         with self.lock:
             future = None
-            if (self.ready or self.held) if result_id is None else result_id in self.active:
-                if me in self.held:
+            if (self.ready or self.taken) if result_id is None else result_id in self.active:
+                if me in self.taken:
                     self.check_deadlock(me, result_id)
                 future = self.futures.setdefault(result_id, Future())
                 if not future.running():
@@ -1028,15 +1029,15 @@ class _Pool:
 
     def stats(self) -> dict[str, int]:
         with self.lock:
-            counts = {"pending": len(self.active) - len(self.deferred) - len(self.held)}
-            counts |= {"deferred": len(self.deferred), "running": len(self.held)}
+            counts = {"pending": len(self.active) - len(self.deferred) - len(self.taken)}
+            counts |= {"deferred": len(self.deferred), "running": len(self.taken)}
             counts |= {"finished": len(self.finished), "workers": len(self.workers)}
         return {**counts, "pid": os.getpid()}
 
     def unfinished(self) -> list[str]:
         """Return the ids of what is running or pending."""
         with self.lock:
-            return [*self.held, *(entry[2] for entry in self.ready)]
+            return [*self.taken, *(entry[2] for entry in self.ready)]
 
     def close(self, wait: bool | None = None) -> None:
         """Abandon what is deferred; once the rest is finished, have the workers leave."""
@@ -1044,7 +1045,7 @@ class _Pool:
             if self.given_up:
                 return
             config, queued = self.config, (*self.ready, *self.deferred)
-            ids = [*self.held, *(entry[-1] for entry in queued)]
+            ids = [*self.taken, *(entry[-1] for entry in queued)]
         # A thread of its own: a signal handler that raises here must not cut it off.
         drain = threading.Thread(target=self.drain, args=(ids, config), daemon=True)
         drain.start()
@@ -1064,6 +1065,7 @@ class _Pool:
         for result_id in ids:
             self.wait(result_id, None)
         with self.lock:
+            # A copy counts as another one: configurations are compared by ``is``.
             leaving = self.renew(self.config._replace() if self.config is config else self.config)
         for worker in leaving:
             worker.left.wait()
@@ -1181,6 +1183,7 @@ class _ProcessWorker(_Worker):
 
 _pools: dict[str, _Pool] = {}
 _exiting = False
+_SIGNALS = (signals.task_enqueued, signals.task_started, signals.task_finished)
 _CHILD_NAME = "django-tasks-local"
 
 
@@ -1210,7 +1213,7 @@ setting_changed.connect(_close_changed)
 
 
 def _at_fork(action: str) -> None:
-    for lock in (_start_lock, *(sent.lock for sent in _SIGNALS)):
+    for lock in (_start_lock, *(event.lock for event in _SIGNALS)):
         getattr(lock, action)()
 
 
@@ -1313,8 +1316,8 @@ class _PoolBackend(BaseTaskBackend):
     def enqueue(self, task: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Queue up a Task with its arguments and return its TaskResult, READY.
 
-        Raise InvalidTask (of the backport InvalidTaskError); TypeError or ValueError where the arguments
-        are not JSON; TaskQueueFull; RuntimeError while the interpreter exits.
+        Raise InvalidTask (of the backport InvalidTaskError); TypeError where arguments are not JSON, or for
+        processes ValueError if they cannot be pickled either; TaskQueueFull; RuntimeError at exit.
         """
         self.validate_task(task)
         if self.config.options["RESULTS_CACHE"] or self.worker_class is _ProcessWorker:
@@ -1412,7 +1415,7 @@ class ThreadPoolBackend(_PoolBackend):
 
 
 class ProcessPoolBackend(_PoolBackend):
-    """Runs tasks in child processes: for work that computes. What goes in and out is pickleable."""
+    """Runs tasks in child processes: for work that computes. What goes in and out is plain data."""
 
     worker_class = _ProcessWorker
 
@@ -1454,8 +1457,8 @@ def _demonstrate() -> None:
     wait = LocalTask(func=_demo_wait, backend="default", **usual)
     count = LocalTask(func=_demo_count, backend="cpu", **usual)
     pools: list[Any] = [task_backends["default"], task_backends["cpu"]]
-    for sent in _SIGNALS:
-        sent.connect(show)
+    for event in _SIGNALS:
+        event.connect(show)
     start = say("ThreadPoolBackend: four tasks that wait half a second each, and one that fails")
     *_, failed = [wait.enqueue(seconds) for seconds in (0.5, 0.5, 0.5, 0.5, "long")]
     say(f"  It says: {pools[0].wait_result(failed.id).errors[0].traceback.splitlines()[-1]}")

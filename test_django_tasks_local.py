@@ -1873,7 +1873,7 @@ def test_dead_child_fails_its_own_task_alone(use, gate, signals):
 @task
 def scribble() -> None:
     for pipe in gc.get_objects():
-        if isinstance(pipe, multiprocessing.connection.Connection) and not pipe.closed and pipe.writable:
+        if type(pipe) is multiprocessing.connection.Connection and not pipe.closed and pipe.writable:
             os.write(pipe.fileno(), b"scribbled on every pipe")
 
 
