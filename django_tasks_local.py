@@ -193,7 +193,7 @@ def _new_id() -> str:
     except IndexError:
         noise = os.urandom(16 * 64).hex()
         for h in (noise[i : i + 32] for i in range(0, 32 * 64, 32)):
-            _ids.append(f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{'89ab'[int(h[16], 16) % 4]}{h[17:20]}-{h[20:]}")
+            _ids.append(f"{h[:8]}-{h[8:12]}-4{h[13:16]}-8{h[17:20]}-{h[20:]}")
         return _new_id()
 
 
@@ -248,9 +248,11 @@ def _setter(name: str) -> Callable[[Any, Any], None]:
     return slot or (lambda result, value: object.__setattr__(result, name, value))
 
 
-_FIELDS = "task id backend status enqueued_at started_at last_attempted_at finished_at worker_ids errors"
-_FIELDS += " _return_value args kwargs"
-_PUT = [_setter(name) for name in _FIELDS.split()]
+_set_task, _set_id, _set_backend, _set_status = map(_setter, ("task", "id", "backend", "status"))
+_set_args, _set_kwargs, _set_value = map(_setter, ("args", "kwargs", "_return_value"))
+_set_errors, _set_worker_ids = map(_setter, ("errors", "worker_ids"))
+_set_enqueued, _set_started = map(_setter, ("enqueued_at", "started_at"))
+_set_attempted, _set_finished = map(_setter, ("last_attempted_at", "finished_at"))
 
 
 class _Record(NamedTuple):
@@ -261,6 +263,7 @@ class _Record(NamedTuple):
     id: str
     alias: str
     enqueued_at: datetime | None = None
+    status: TaskResultStatus = TaskResultStatus.READY
     # From here on known once it has started,
     worker_id: str | None = None
     started_at: datetime | None = None
@@ -268,25 +271,33 @@ class _Record(NamedTuple):
     finished_at: datetime | None = None
     error: tuple[str, str] | None = None  # Class path and traceback.
     value: bytes = _NONE  # The marshalled return value.
-    status: TaskResultStatus = TaskResultStatus.READY
 
     def started(self, worker_id: str) -> _Record:
-        return _Record(*self[:5], worker_id, timezone.now(), status=TaskResultStatus.RUNNING)
+        return _Record(*self[:5], TaskResultStatus.RUNNING, worker_id, timezone.now())
 
     def ended(self, value: bytes, error: tuple[str, str] | None) -> _Record:
         status = TaskResultStatus.FAILED if error else TaskResultStatus.SUCCESSFUL
-        return _Record(*self[:7], timezone.now(), error, value, status)
+        return _Record(*self[:5], status, *self[6:8], timezone.now(), error, value)
 
     def result(self) -> TaskResult[..., Any]:
-        """Return a TaskResult of its own; to call ``TaskResult()`` would take five times as long."""
-        task, payload, result_id, alias, enqueued, worker, started, finished, error, value, status = self
-        workers, errors = [worker] if worker else [], []
-        if error:
-            errors = [TaskError(exception_class_path=error[0], traceback=error[1])]
-        values = (task, result_id, alias, status, enqueued, started, started, finished, workers, errors)
-        result = object.__new__(TaskResult)
-        for put, item in zip(_PUT, (*values, marshal.loads(value), *marshal.loads(payload)), strict=False):
-            put(result, item)
+        """Return a TaskResult of its own; to call ``TaskResult()`` would take four times as long."""
+        result, errors = object.__new__(TaskResult), []
+        if self.error:
+            errors = [TaskError(exception_class_path=self.error[0], traceback=self.error[1])]
+        args, kwargs = marshal.loads(self.payload)
+        _set_task(result, self.task)
+        _set_id(result, self.id)
+        _set_backend(result, self.alias)
+        _set_status(result, self.status)
+        _set_args(result, args)
+        _set_kwargs(result, kwargs)
+        _set_value(result, marshal.loads(self.value))
+        _set_errors(result, errors)
+        _set_worker_ids(result, [self.worker_id] if self.worker_id else [])
+        _set_enqueued(result, self.enqueued_at)
+        _set_started(result, self.started_at)
+        _set_attempted(result, self.started_at)
+        _set_finished(result, self.finished_at)
         return result
 
     def pack(self) -> dict[str, Any]:
@@ -330,6 +341,7 @@ class _RemoteError(Exception):
         return RuntimeError(f"{path}: {text}")
 
 
+_is_async = functools.lru_cache(maxsize=1024)(iscoroutinefunction)
 _coroutines: set[tuple[asyncio.AbstractEventLoop, Any]] = set()  # What runs: the loop and its task.
 
 
@@ -351,10 +363,8 @@ def _call(record: _Record, pickleable: str = "") -> bytes:
     args, kwargs = marshal.loads(record.payload)
     if record.task.takes_context:
         args.insert(0, TaskContext(task_result=record.result()))
-    if iscoroutinefunction(record.task.func):
-        value = async_to_sync(_await)(record.task.func, *args, **kwargs)
-    else:
-        value = record.task.call(*args, **kwargs)
+    func = record.task.func
+    value = async_to_sync(_await)(func, *args, **kwargs) if _is_async(func) else func(*args, **kwargs)
     try:
         return _NONE if value is None else _dump(value)
     except (TypeError, ValueError, RecursionError) as error:
@@ -387,7 +397,11 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
         return path, "".join([*traceback.format_tb(frames), f"{path}: {text}\n"]), text
 
 
-_here = threading.local()  # Has "connected" in threads that did: to look at connections takes its time.
+class _Here(threading.local):
+    connected = False  # Whether this thread ever did: to look at connections takes its time.
+
+
+_here = _Here()
 connection_created.connect(lambda **kwargs: setattr(_here, "connected", True), weak=False)
 
 
@@ -398,7 +412,7 @@ def _log_exception(message: str, *args: Any) -> None:
 
 def _clean_connections() -> None:
     """Leave the next task no stale connection, no open transaction and no query log."""
-    for connection in connections.all(initialized_only=True) if hasattr(_here, "connected") else ():
+    for connection in connections.all(initialized_only=True) if _here.connected else ():
         try:
             connection.queries_log.clear()
             connection.close_if_unusable_or_obsolete()
@@ -1098,7 +1112,7 @@ class _Worker:
     child: _Child | None = None
 
     def __init__(self, pool: _Pool, config: _Config) -> None:
-        self.pool, self.config = pool, config
+        self.pool, self.config, self.pid = pool, config, os.getpid()
         self.calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.left = threading.Event()
         self.thread = threading.Thread(target=self.main, name=f"tasks-{pool.alias}", daemon=True)
@@ -1129,13 +1143,12 @@ class _Worker:
 
     def execute(self, context: contextvars.Context) -> bytes:
         """Start the task; return what it returns, as bytes, or raise what it raises."""
-        pid = os.getpid()
-        self.record = self.record.started(f"thread-{pid}-{self.thread.native_id}")
+        self.record = self.record.started(f"thread-{self.pid}-{self.thread.native_id}")
         try:
             runs = self.pool.advance(self.record, signals.task_started, context)
             return context.run(_call, self.record) if runs else _NONE
         finally:
-            if os.getpid() != pid:  # The task forked, and this is the copy.
+            if os.getpid() != self.pid:  # The task forked, and this is the copy.
                 os._exit(0)
             _clean_connections()
 
