@@ -34,7 +34,6 @@ import asyncio
 import concurrent.futures.thread  # Before threading._register_atexit(), see there.
 import contextlib
 import contextvars
-import copy
 import functools
 import heapq
 import importlib
@@ -68,14 +67,14 @@ from django.utils import timezone
 from django.utils.module_loading import import_string
 
 if TYPE_CHECKING or django.VERSION >= (6, 0):
-    from django.tasks import TaskContext, TaskResult, TaskResultStatus, signals, task_backends
+    from django.tasks import TaskContext, TaskResult, TaskResultStatus, signals, task, task_backends
     from django.tasks.backends.base import BaseTaskBackend
     from django.tasks.base import Task, TaskError
     from django.tasks.exceptions import InvalidTask, InvalidTaskBackend, TaskException, TaskResultDoesNotExist
     from django.utils.json import normalize_json
 else:
     try:
-        from django_tasks import TaskContext, TaskResult, TaskResultStatus, signals, task_backends
+        from django_tasks import TaskContext, TaskResult, TaskResultStatus, signals, task, task_backends
     except ModuleNotFoundError as error:
         raise ImportError(
             f"Django {django.get_version()} has no tasks. Install Django 6, or: pip install django-tasks"
@@ -133,15 +132,15 @@ class _Config(NamedTuple):
 
     serial: int
     backend_class: Any  # Of _PoolBackend.
-    params: dict[str, Any]
+    params: str  # As ``repr()`` shows them: 1, 1.0 and True differ, and what is changed in place.
     options: dict[str, Any]
     on_commit: str | None  # The database whose commit is to enqueue.
 
 
 def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, Any]) -> _Config:
     """Return ``params`` checked, or raise InvalidTaskBackend; the last reading is used again."""
-    last = _configs.get(alias)
-    if last and last.backend_class is backend_class and repr(last.params) == repr(params):
+    last, read = _configs.get(alias), repr(params)
+    if last and last.backend_class is backend_class and last.params == read:
         return last
     given = params.get("OPTIONS", {})
     if not isinstance(given, Mapping):
@@ -150,7 +149,7 @@ def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, 
         if problem := _problem(name, value, backend_class.worker_class is _ProcessWorker):
             raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS']: {name!r} {problem}, got {value!r}")
     options, on_commit = {**_DEFAULTS, **given}, _database(alias, params.get("ENQUEUE_ON_COMMIT", False))
-    _configs[alias] = _Config(next(_serials), backend_class, copy.deepcopy(params), options, on_commit)
+    _configs[alias] = _Config(next(_serials), backend_class, read, options, on_commit)
     return _configs[alias]
 
 
@@ -204,13 +203,6 @@ def _dump(value: Any) -> bytes:
         return marshal.dumps(value)
     except ValueError:  # It holds a subclass of str, int or float.
         return marshal.dumps(_exact(value))
-
-
-def _check_pickleable(arguments: Any) -> None:
-    try:
-        pickle.dumps(arguments)
-    except Exception as error:
-        raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
 
 
 def _exact(value: Any) -> Any:
@@ -342,20 +334,20 @@ class _RemoteError(Exception):
 
 
 _is_async = functools.lru_cache(maxsize=1024)(iscoroutinefunction)
-_coroutines: set[tuple[asyncio.AbstractEventLoop, Any]] = set()  # What runs: the loop and its task.
+_coroutines: set[Any] = set()  # What runs, as asyncio's tasks.
 
 
 async def _await(func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Await a coroutine function as ``Task.call`` does, but so that the exit can cancel it: else
     ``concurrent.futures``, in whose thread ``async_to_sync`` runs it, would wait for its end."""
-    key = asyncio.get_running_loop(), asyncio.current_task()
-    _coroutines.add(key)
+    task = asyncio.current_task()
+    _coroutines.add(task)
     try:
         if _exiting:
             raise asyncio.CancelledError
         return await func(*args, **kwargs)
     finally:
-        _coroutines.discard(key)
+        _coroutines.discard(task)
 
 
 def _call(record: _Record, pickleable: str = "") -> bytes:
@@ -363,16 +355,21 @@ def _call(record: _Record, pickleable: str = "") -> bytes:
     args, kwargs = marshal.loads(record.payload)
     if record.task.takes_context:
         args.insert(0, TaskContext(task_result=record.result()))
-    func = record.task.func
-    value = async_to_sync(_await)(func, *args, **kwargs) if _is_async(func) else func(*args, **kwargs)
+    func, pid = record.task.func, os.getpid()
     try:
-        return _NONE if value is None else _dump(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise (ValueError if isinstance(error, ValueError) else TypeError)(
-            f"Task {record.task.module_path} returned a {type(value).__module__}.{type(value).__qualname__} "
-            f"that cannot be kept ({error}). A return value must be JSON{pickleable}: None, bool, int, "
-            "float, str, UTF-8 bytes, or lists and dicts of these"
-        ) from None
+        value = async_to_sync(_await)(func, *args, **kwargs) if _is_async(func) else func(*args, **kwargs)
+        try:
+            return _NONE if value is None else _dump(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise (ValueError if isinstance(error, ValueError) else TypeError)(
+                f"Task {record.task.module_path} returned a {type(value).__module__}."
+                f"{type(value).__qualname__} that cannot be kept ({error}). A return value must be "
+                f"JSON{pickleable}: None, bool, int, float, str, UTF-8 bytes, or lists and dicts of these"
+            ) from None
+    finally:
+        if os.getpid() != pid:  # The task forked, and this is the copy.
+            os._exit(0)
+        _clean_connections()
 
 
 def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> tuple[str, str, str]:
@@ -507,8 +504,6 @@ def _answer_run(reference: str, packed: dict[str, Any]) -> bytes:
         return _call(record, " and pickleable")
     except BaseException as error:
         raise _RemoteError(*_describe(error, record.task.func)) from None
-    finally:
-        _clean_connections()
 
 
 def _answer_pool(alias: str, method: str, args: list[Any]) -> Any:
@@ -532,11 +527,10 @@ def _turns(timeout: float | None) -> Iterator[float]:
     yield max(0.0, left)
 
 
-class _Remote:
+class _Remote(NamedTuple):
     """In a child, what stands for the pool of an alias: the parent's pool does what is asked."""
 
-    def __init__(self, alias: str) -> None:
-        self.alias = alias
+    alias: str
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return functools.partial(self.ask, method)
@@ -568,12 +562,8 @@ def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) 
     """Run what comes in until the parent closes the pipe."""
     global _parent
     _detach(alive)
-    peer, pid = _Peer(requests, answers), os.getpid()
-    try:
-        _set_up_django(*site)
-        outcome: tuple[Any, ...] = ("returned", 0, None)
-    except BaseException as error:
-        outcome = ("raised", 0, *_describe(error))
+    peer = _Peer(requests, answers)
+    outcome = _outcome("set_up", 0, *site)
     _parent = peer
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -585,8 +575,6 @@ def _child_main(requests: Any, answers: Any, alive: Any, begun: Any, site: Any) 
             begun.value += 1  # From now on the task is not to be run by another one.
             peer.listens = True
             outcome = contextvars.Context().run(_outcome, *message)
-            if os.getpid() != pid:  # The task forked, and this is the copy.
-                os._exit(0)
 
 
 def _detach(alive: Any) -> None:
@@ -636,7 +624,7 @@ def _site() -> tuple[dict[str, str], dict[str, bytes]]:
     return dict(os.environ), values
 
 
-def _set_up_django(environ: dict[str, str], values: dict[str, bytes]) -> None:
+def _answer_set_up(environ: dict[str, str], values: dict[str, bytes]) -> None:
     for connection in connections.all(initialized_only=True) if settings.configured else ():
         _inherited.append(connection)
         del connections[connection.alias]
@@ -665,9 +653,8 @@ class _Child:
     def __init__(self, start_method: str | None) -> None:
         """Start a process and wait until Django is set up in it."""
         import multiprocessing
-        from multiprocessing.sharedctypes import RawValue
 
-        self.sent, self.begun = 0, RawValue("L", 0)  # How many messages were sent, and came.
+        self.sent, self.begun = 0, multiprocessing.RawValue("L", 0)  # How many messages were sent, and came.
         self.loaded: set[str] = set()
         self.busy = True
         with _start_lock:
@@ -779,7 +766,7 @@ class _Pool:
     """
 
     def __init__(self, alias: str) -> None:
-        self.alias, self.config = alias, _Config(0, None, {}, _DEFAULTS, None)
+        self.alias, self.config = alias, _Config(0, None, "", _DEFAULTS, None)
         self.lock = threading.Lock()
         self.active: dict[str, _Record] = {}  # Until all that goes with their end is done.
         self.taken: set[str] = set()  # Of these what workers have taken.
@@ -830,12 +817,11 @@ class _Pool:
         helper = None
         with self.lock:
             running = result_id in self.taken
-            if queueing and not running:
+            if queueing:
                 heaps: tuple[list[Any], ...] = (self.ready, self.deferred)
                 for heap in heaps:
                     heap[:] = [entry for entry in heap if entry[-1] != result_id]
                     heapq.heapify(heap)
-            if queueing:
                 self.workers -= {self.starting}
                 self.starting, self.waking = None, False
                 helper = self.call_helper()
@@ -951,7 +937,7 @@ class _Pool:
     def conclude(
         self, record: _Record, context: contextvars.Context, value: bytes, error: BaseException | None = None
     ) -> None:
-        """Make a task SUCCESSFUL or, while the error is handled, FAILED, unless it has been given up."""
+        """In its worker, make a task SUCCESSFUL or, while the error is handled, FAILED; unless given up."""
         described = None if error is None else _describe(error, record.task.func)[:2]
         record = record.ended(value, described)
         if self.advance(record, signals.task_finished, context):
@@ -963,7 +949,9 @@ class _Pool:
             try:
                 raise RuntimeError(f"The task was abandoned: {why}")  # Django logs the error that is handled.
             except RuntimeError as error:
-                self.conclude(record, contextvars.Context(), _NONE, error)
+                record = record.ended(_NONE, _describe(error)[:2])
+                if self.advance(record, signals.task_finished, contextvars.Context()):
+                    self.settle(record.id, record)
 
     def settle(self, result_id: str, record: _Record | None) -> None:
         """Let go of a task, keep what it came to, and wake those who wait for it."""
@@ -1003,7 +991,7 @@ class _Pool:
             return record
 
     @contextlib.contextmanager
-    def expect(self, result_id: str | None, timeout: float | None) -> Iterator[Any]:
+    def expect(self, result_id: str | None) -> Iterator[Any]:
         """Yield a future of the finished record, or for None of the time when no task is pending or running;
         yield None if there is nothing to wait for. Raise TimeoutError where the wait does."""
         me = current_result_id.get("")
@@ -1038,7 +1026,7 @@ class _Pool:
 
     def wait(self, result_id: str | None, timeout: float | None) -> _Record | None:
         """Return the finished record, or None if there was nothing to wait for."""
-        with self.expect(result_id, timeout) as future:
+        with self.expect(result_id) as future:
             return future and future.result(timeout)  # type: ignore[no-any-return]
 
     def stats(self) -> dict[str, int]:
@@ -1049,29 +1037,27 @@ class _Pool:
         return {**counts, "pid": os.getpid()}
 
     def unfinished(self) -> list[str]:
-        """Return the ids of what is running or pending."""
+        """Return the ids of what is running or pending, unless it was given up."""
         with self.lock:
-            return [*self.taken, *(entry[2] for entry in self.ready)]
+            return [] if self.given_up else [*self.taken, *(entry[2] for entry in self.ready)]
 
-    def close(self, wait: bool | None = None) -> None:
+    def close(self, wait: bool = True) -> None:
         """Abandon what is deferred; once the rest is finished, have the workers leave."""
-        with self.lock:
-            if self.given_up:
-                return
-            config, queued = self.config, (*self.ready, *self.deferred)
-            ids = [*self.taken, *(entry[-1] for entry in queued)]
+        if self.given_up:
+            return
         # A thread of its own: a signal handler that raises here must not cut it off.
-        drain = threading.Thread(target=self.drain, args=(ids, config), daemon=True)
+        drain = threading.Thread(target=self.drain, args=(next(_serials), self.config), daemon=True)
         drain.start()
-        if current_result_id.get(None) is None if wait is None else wait:
+        if wait and current_result_id.get(None) is None:
             drain.join()
 
-    def drain(self, ids: list[str], config: _Config) -> None:
-        known = set(ids)
+    def drain(self, closed: int, config: _Config) -> None:
+        """Do so with what was queued before; ``closed`` is a sequence number."""
         with self.lock:
-            late = [self.active[entry[-1]] for entry in self.deferred if entry[-1] in known]
-            self.deferred = [entry for entry in self.deferred if entry[-1] not in known]
+            late = [self.active[entry[3]] for entry in self.deferred if entry[2] < closed]
+            self.deferred = [entry for entry in self.deferred if entry[2] > closed]
             heapq.heapify(self.deferred)
+            ids = [*self.taken, *(entry[2] for entry in self.ready if entry[1] < closed)]
         if late:
             names = ", ".join(record.id for record in late)
             logger.warning("%r is closed, %s deferred tasks are abandoned: %s", self.alias, len(late), names)
@@ -1083,6 +1069,7 @@ class _Pool:
             leaving = self.renew(self.config._replace() if self.config is config else self.config)
         for worker in leaving:
             worker.left.wait()
+        connections.close_all()  # Of signal receivers, in this thread.
 
     def give_up(self) -> list[str]:
         """Fail all that is not finished and return the ids; take nothing more."""
@@ -1112,7 +1099,7 @@ class _Worker:
     child: _Child | None = None
 
     def __init__(self, pool: _Pool, config: _Config) -> None:
-        self.pool, self.config, self.pid = pool, config, os.getpid()
+        self.pool, self.config = pool, config
         self.calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.left = threading.Event()
         self.thread = threading.Thread(target=self.main, name=f"tasks-{pool.alias}", daemon=True)
@@ -1143,14 +1130,9 @@ class _Worker:
 
     def execute(self, context: contextvars.Context) -> bytes:
         """Start the task; return what it returns, as bytes, or raise what it raises."""
-        self.record = self.record.started(f"thread-{self.pid}-{self.thread.native_id}")
-        try:
-            runs = self.pool.advance(self.record, signals.task_started, context)
-            return context.run(_call, self.record) if runs else _NONE
-        finally:
-            if os.getpid() != self.pid:  # The task forked, and this is the copy.
-                os._exit(0)
-            _clean_connections()
+        self.record = self.record.started(f"thread-{os.getpid()}-{self.thread.native_id}")
+        runs = self.pool.advance(self.record, signals.task_started, context)
+        return context.run(_call, self.record) if runs else _NONE
 
 
 class _ProcessWorker(_Worker):
@@ -1168,7 +1150,7 @@ class _ProcessWorker(_Worker):
 
     def execute(self, context: contextvars.Context) -> bytes:
         task, limit = self.record.task, self.config.options["TASK_TIMEOUT"]
-        reference, announced, again = _reference(task.func), False, False
+        reference, again = _reference(task.func), False
         while True:
             child = self.child = self.child or _Child(self.config.options["START_METHOD"])
             try:
@@ -1176,13 +1158,13 @@ class _ProcessWorker(_Worker):
                     child.send("load", self.record.pack())
                     child.receive(None, context)
                     child.loaded.add(reference)
+                event = None if self.record.started_at else signals.task_started
                 self.record = record = self.record.started(f"process-{child.process.pid}")
                 short = {"payload": record.payload, "id": record.id, "alias": record.alias}
                 deadline = limit and time.monotonic() + limit
                 child.send("run", reference, record.pack() if task.takes_context else short)
-                if not self.pool.advance(record, None if announced else signals.task_started, context):
+                if not self.pool.advance(record, event, context):
                     child.end()
-                announced = True
                 return child.receive(deadline, context)  # type: ignore[no-any-return]
             except (ChildProcessError, TimeoutError):
                 self.child = None
@@ -1218,7 +1200,7 @@ def _pool(alias: str) -> Any:
 def _close_changed(*, setting: str, **kwargs: Any) -> None:
     """Close the pools whose settings are no longer those of ``TASKS``."""
     for alias, pool in list(_pools.items()) if setting == "TASKS" else ():
-        if pool.config.serial and pool.config.params != getattr(settings, "TASKS", {}).get(alias):
+        if pool.config.serial and pool.config.params != repr(getattr(settings, "TASKS", {}).get(alias)):
             pool.close(wait=False)
 
 
@@ -1234,16 +1216,15 @@ def _after_fork_in_child() -> None:
     """Start with nothing of the parent's, and keep nothing of it open."""
     global _start_lock, _pools, _exiting, _parent
     _at_fork("release")
-    for end in (_parent, *(end for child in _children for end in (child.peer, child.alive))):
-        if end:
-            end.close()
-    for child in _children:
+    if _parent:
+        _parent.close()
+    for child in list(_children):
+        child.forget()
         if child.process.pid is not None:
             # At exit multiprocessing would read the exit code, which is the parent's, and wait.
             os.dup2(os.open(os.devnull, os.O_RDONLY), child.process.sentinel)
             child.process.join = lambda timeout=None: None
     _start_lock, _pools, _exiting, _parent = threading.RLock(), {}, False, None
-    _children.clear()
     _ids.clear()
 
 
@@ -1261,9 +1242,9 @@ def _shutdown() -> None:
     with _start_lock:
         _exiting = True
     lost += [result_id for pool in list(_pools.values()) for result_id in pool.give_up()]
-    for loop, coroutine in list(_coroutines):
+    for task in list(_coroutines):
         with contextlib.suppress(RuntimeError):  # The loop has just ended.
-            loop.call_soon_threadsafe(coroutine.cancel)
+            task.get_loop().call_soon_threadsafe(task.cancel)
     if lost:
         logger.warning("The process exits, %s tasks are FAILED: %s", len(lost), ", ".join(lost))
     end = time.monotonic() + 5  # Of the patience for idle children; those at work were ended.
@@ -1276,13 +1257,14 @@ def _shutdown() -> None:
 def _await_work(lost: list[str]) -> None:
     """Wait until nothing is pending or running; give up each pool when its time is over."""
     begun, said = time.monotonic(), False
-
-    def end(pool: _Pool) -> float:
-        limit = pool.config.options["SHUTDOWN_TIMEOUT"]
-        return math.inf if limit is None else begun + limit
-
-    while busy := [pool for pool in sorted(_pools.values(), key=end) if pool.unfinished()]:
-        ids = [result_id for pool in busy if end(pool) > begun for result_id in pool.unfinished()]
+    while busy := [pool for pool in list(_pools.values()) if pool.unfinished()]:
+        ids: list[str] = []
+        for pool in busy:
+            limit = pool.config.options["SHUTDOWN_TIMEOUT"]
+            if limit is not None and time.monotonic() >= begun + limit:
+                lost += pool.give_up()
+            else:
+                ids += pool.unfinished()
         if ids and not said:
             said = True
             logger.warning(
@@ -1290,10 +1272,8 @@ def _await_work(lost: list[str]) -> None:
                 *(len(ids), ", ".join(ids)),
             )
         with contextlib.suppress(TimeoutError):
-            # For a second at most: a signal that comes just before a wait begins does not interrupt it.
-            busy[0].wait(None, min(max(0.0, end(busy[0]) - time.monotonic()), 1.0))
-        if time.monotonic() >= end(busy[0]):
-            lost += busy[0].give_up()
+            # Not for long: a signal that comes just before a wait begins does not interrupt it.
+            busy[0].wait(None, 0.1)
 
 
 # Not atexit: by then concurrent.futures takes no more work, and async_to_sync() needs it. These hooks
@@ -1319,10 +1299,7 @@ class _PoolBackend(BaseTaskBackend):
     worker_class: type[_Worker] = _Worker
 
     def __init__(self, alias: str, params: dict[str, Any]) -> None:
-        """Check ``params``, that is ``TASKS[alias]``, and start nothing.
-
-        Raise InvalidTaskBackend (of the backport InvalidTaskBackendError) for a wrong option.
-        """
+        """Check ``params``, that is ``TASKS[alias]``, or raise InvalidTaskBackend; start nothing."""
         super().__init__(alias, params)
         self.config = _configure(type(self), alias, params)
 
@@ -1340,7 +1317,10 @@ class _PoolBackend(BaseTaskBackend):
             payload = _dump(arguments) if arguments else _NO_ARGUMENTS
         except TypeError:
             if self.worker_class is _ProcessWorker:
-                _check_pickleable(arguments)
+                try:
+                    pickle.dumps(arguments)
+                except Exception as error:
+                    raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
             raise
         record = _Record(task, payload, _new_id(), self.alias, enqueued_at=timezone.now())
         on_commit = getattr(task, "enqueue_on_commit", None)
@@ -1394,7 +1374,7 @@ class _PoolBackend(BaseTaskBackend):
                 with contextlib.suppress(TimeoutError):
                     return await wait(result_id, turn)
             raise TimeoutError(_LATE.format(result_id))
-        with _pool(self.alias).expect(str(result_id), timeout) as future:
+        with _pool(self.alias).expect(str(result_id)) as future:
             record = future and await asyncio.wait_for(asyncio.wrap_future(future), timeout)
         return self._finished(record.result() if record else await self.aget_result(result_id))
 
@@ -1434,22 +1414,18 @@ class ProcessPoolBackend(_PoolBackend):
 
 
 # --- Demonstration: python -m django_tasks_local --------------------------------------------------
-def _demo_wait(seconds: float) -> None:
+def _demo_wait(seconds: Any) -> None:
     time.sleep(seconds)
 
 
 def _demo_count(steps: int) -> None:
-    from django.core.cache import cache
-
     for step in range(steps):
         sum(number % 7 for number in range(250_000))
-        cache.set(current_result_id.get("inline"), 100 * (step + 1) // steps)
+        caches["default"].set(current_result_id.get("inline"), 100 * (step + 1) // steps)
 
 
 def _demonstrate() -> None:
     import tempfile
-
-    from django.core.cache import cache
 
     def say(text: str) -> float:
         sys.stdout.write(f"{time.monotonic() - begun:5.2f} s  {text}\n")
@@ -1466,9 +1442,7 @@ def _demonstrate() -> None:
     settings.configure(CACHES={"default": files}, TASKS={"default": threads, "cpu": processes}, USE_TZ=True)
     django.setup()
     begun = time.monotonic()
-    usual: Any = {"priority": 0, "queue_name": "default", "run_after": None}  # Of these 6.0 has no defaults.
-    wait = LocalTask(func=_demo_wait, backend="default", **usual)
-    count = LocalTask(func=_demo_count, backend="cpu", **usual)
+    wait, count = task(_demo_wait), task(backend="cpu")(_demo_count)
     pools: list[Any] = [task_backends["default"], task_backends["cpu"]]
     for event in _SIGNALS:
         event.connect(show)
@@ -1486,7 +1460,7 @@ def _demonstrate() -> None:
     while pools[1].stats()["pending"] + pools[1].stats()["running"]:
         with contextlib.suppress(TimeoutError):
             pools[1].join(0.1)
-        say("  progress   " + " ".join(f"{cache.get(result.id, 0):4} %" for result in results))
+        say("  progress   " + " ".join(f"{caches['default'].get(result.id, 0):4} %" for result in results))
     times = (half - start) / (time.monotonic() - half)
     say(f"Inline it took {half - start:.1f} s; in {cores} processes it was {times:.1f} times as fast")
 

@@ -1552,6 +1552,21 @@ def test_in_a_task_close_returns_at_once_and_join_raises(backend):
 # --- Threads that cannot be started, locks that others hold
 
 
+@contextlib.contextmanager
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let no worker start."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("tasks-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield
+
+
 @pytest.mark.parametrize("running", [0, 1])
 def test_without_threads_tasks_go_to_the_workers_there_are_or_fail(
     use, gate, signals, monkeypatch, caplog, running
@@ -1560,15 +1575,7 @@ def test_without_threads_tasks_go_to_the_workers_there_are_or_fail(
     started = [wait_at.enqueue(gate.path, "done") for _ in range(running)]
     for result in started:
         await_signal(signals, "started", result.id)
-    start = threading.Thread.start
-
-    def refuse(thread):
-        if thread.name.startswith("tasks-"):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+    with no_threads(monkeypatch):
         refused = echo.enqueue(1)
         if not running:
             assert "no worker could be started: can't start new thread" in errors(finished(refused))
@@ -2470,6 +2477,29 @@ def test_coroutine_that_never_ends_does_not_hold_up_the_exit(script, kind):
     assert program.code == 0
 
 
+SLOW_RECEIVER = """
+received = threading.Event()
+
+def receive(**kwargs):
+    received.set()
+    threading.Event().wait()
+
+if __name__ == "__main__":
+    task_finished.connect(receive)
+    echo.enqueue(1)
+    received.wait()
+    say("exits")
+"""
+
+
+@each_kind
+def test_receiver_that_never_ends_does_not_hold_up_the_exit(script, kind):
+    program = script(default={"kind": kind, "MAX_WORKERS": 1, "SHUTDOWN_TIMEOUT": 0})
+    program.start(SLOW_RECEIVER)
+    assert "exits" in program.rest()
+    assert program.code == 0
+
+
 CTRL_C = (
     EXIT
     + """
@@ -2707,6 +2737,31 @@ def test_failed_transaction_swallows_nothing_of_the_next_task(use, database):
         cursor.execute("SELECT word FROM fault")
         assert {word for (word,) in cursor.fetchall()} == {f"after {mess}" for mess in messes}
     task_backends["default"].close()
+
+
+@pytest.mark.parametrize("database", ["default"], indirect=True)
+def test_transaction_of_who_enqueues_outlives_a_task_that_cannot_be_started(use, database, monkeypatch):
+    use()
+    with transaction.atomic(using=database), no_threads(monkeypatch):
+        insert(database, "kept")
+        assert "no worker could be started" in errors(finished(echo.enqueue()))
+    with connections[database].cursor() as cursor:
+        cursor.execute("SELECT word FROM fault")
+        assert cursor.fetchall() == [("kept",)]
+
+
+@task
+def query_and_fork(database: str) -> list[Any]:
+    marks = [mark_session.func(database)]
+    code = fork_and_return.func()
+    return [*marks, code, mark_session.func(database)] if code != -1 else []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+def test_copy_of_a_task_that_forks_leaves_the_session_open(use, database):
+    use(MAX_WORKERS=1)
+    assert finished(query_and_fork.enqueue(database)).return_value == [False, 0, True]
 
 
 @task
