@@ -1521,6 +1521,9 @@ def test_interrupted_call_of_a_child_does_not_confuse_the_next_one(use, gate, si
 async def await_and_call(result_id: str) -> list[Any]:
     backend = task_backends["default"]
     waiting = asyncio.ensure_future(backend.await_result(result_id))
+    for timeout in (0, 0.15):
+        with pytest.raises(TimeoutError, match=result_id):
+            await backend.await_result(result_id, timeout)
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(backend.await_result(result_id), 0.01)
     other = await echo.aenqueue("other")
@@ -1565,6 +1568,31 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         yield
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_enqueue_that_is_interrupted_loses_its_task_unless_it_runs(use, gate, monkeypatch, late):
+    """As by a signal handler that raises while a worker is started."""
+    backend = use(MAX_WORKERS=1)
+    start = threading.Thread.start
+
+    def interrupt(thread: threading.Thread) -> None:
+        if thread.name.startswith("tasks-") and late:
+            start(thread)
+            while not backend.stats()["running"]:
+                os.sched_yield()
+        raise KeyboardInterrupt
+
+    kept = backend.stats()["finished"]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            wait_at.enqueue(gate.path)
+    stats = backend.stats()
+    assert (stats["pending"], stats["running"]) == (0, int(late))
+    gate.open()
+    assert outcome(echo.enqueue(1)) == [[1], {}]
+    assert backend.stats()["finished"] == kept + 1 + late
 
 
 @pytest.mark.parametrize("running", [0, 1])
@@ -2459,12 +2487,12 @@ def test_exit_fails_what_is_left_when_its_time_is_up(script, kind, timeout):
 HANGING = """
 @task
 async def hang():
-    say("hangs")
+    open(os.environ["SCRIPT_GATE"] + ".reached", "w").close()
     await asyncio.Event().wait()
 
 if __name__ == "__main__":
-    result = hang.enqueue()
-    while not task_backends["default"].get_result(result.id).started_at:
+    hang.enqueue()
+    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
         os.sched_yield()
 """
 
@@ -2566,6 +2594,7 @@ def attempt(alias, when):
         say("enqueued", echo.using(backend=alias).enqueue(1).status)
     except RuntimeError as error:
         say(when, alias, "RuntimeError:", error)
+    task_backends[alias].close()
 
 def attempt_late():
     exiting.wait()
