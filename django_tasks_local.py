@@ -446,9 +446,8 @@ class _Peer:
         if os.name != "posix":
             return marshal.loads(self.reader.recv_bytes())
         while (end := 8 + int.from_bytes(self.unread[:8], "big")) > len(self.unread):
-            part = os.read(self.reader.fileno(), 65536)
-            if not part or end > sys.maxsize // 2:  # The pipe has ended, or holds what is not ours.
-                raise EOFError
+            if end > 2**40 or not (part := os.read(self.reader.fileno(), 8192)):
+                raise EOFError  # The pipe has ended, or holds what is not ours.
             self.unread += part
         message = marshal.loads(self.unread[8:end])
         del self.unread[:end]
@@ -495,9 +494,9 @@ def _answer_load(packed: Mapping[str, Any]) -> None:
     _loaded[packed["task"]["func"]] = _unpack(packed).task
 
 
-def _answer_run(reference: str, packed: dict[str, Any]) -> bytes:
-    """In a child: run a task, of which ``packed`` holds the whole record if the task asks for it."""
-    record = _unpack(packed) if "task" in packed else _Record(_loaded[reference], **packed)
+def _answer_run(reference: str, packed: Mapping[str, Any] | None, *known: Any) -> bytes:
+    """In a child: run a task; ``packed`` holds its whole record if the task asks for it."""
+    record = _unpack(packed) if packed else _Record(_loaded[reference], *known)
     current_result_id.set(record.id)
     _clean_connections()
     try:
@@ -1043,7 +1042,7 @@ class _Pool:
 
     def close(self, wait: bool = True) -> None:
         """Abandon what is deferred; once the rest is finished, have the workers leave."""
-        if self.given_up:
+        if self.given_up or _exiting:
             return
         # A thread of its own: a signal handler that raises here must not cut it off.
         drain = threading.Thread(target=self.drain, args=(next(_serials), self.config), daemon=True)
@@ -1160,9 +1159,9 @@ class _ProcessWorker(_Worker):
                     child.loaded.add(reference)
                 event = None if self.record.started_at else signals.task_started
                 self.record = record = self.record.started(f"process-{child.process.pid}")
-                short = {"payload": record.payload, "id": record.id, "alias": record.alias}
+                packed = record.pack() if task.takes_context else None
                 deadline = limit and time.monotonic() + limit
-                child.send("run", reference, record.pack() if task.takes_context else short)
+                child.send("run", reference, packed, record.payload, record.id, record.alias)
                 if not self.pool.advance(record, event, context):
                     child.end()
                 return child.receive(deadline, context)  # type: ignore[no-any-return]

@@ -1906,16 +1906,17 @@ def test_dead_child_fails_its_own_task_alone(use, gate, signals):
 
 
 @task
-def scribble() -> None:
+def scribble(gate_path: str) -> None:
     for pipe in gc.get_objects():
         if type(pipe) is multiprocessing.connection.Connection and not pipe.closed and pipe.writable:
-            os.write(pipe.fileno(), b"scribbled on every pipe")
+            os.write(pipe.fileno(), b"\nscribbled on every pipe")
+    pass_gate(gate_path)
 
 
 @processes
-def test_task_that_writes_to_the_pipe_fails_alone(use):
+def test_task_that_writes_to_the_pipe_fails_alone(use, gate):
     use(MAX_WORKERS=1)
-    assert "Child process" in errors(finished(scribble.enqueue()))
+    assert "Child process" in errors(finished(scribble.enqueue(gate.path)))
     assert finished(echo.enqueue(1)).return_value == [[1], {}]
 
 
