@@ -119,7 +119,7 @@ _OPTIONS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
     "MAX_PENDING": (None, *_COUNT),
     "SHUTDOWN_TIMEOUT": (None, "seconds, 0 or more", _is_seconds),
     "RESULTS_CACHE": (None, _CACHE, _is_shared_cache),
-    "TASK_TIMEOUT": (None, "seconds, more than 0", lambda value: _is_seconds(value) and value > 0),
+    "TASK_TIMEOUT": (None, "seconds, more than 0, at most 1e6", lambda v: _is_seconds(v) and 0 < v <= 1e6),
     "MAX_TASKS_PER_CHILD": (None, *_COUNT),
     "START_METHOD": (None, f"one of {', '.join(_START_METHODS)}", lambda v: v in _START_METHODS),
 }
@@ -148,7 +148,8 @@ def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, 
     for name, value in given.items():
         if problem := _problem(name, value, backend_class.worker_class is _ProcessWorker):
             raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS']: {name!r} {problem}, got {value!r}")
-    options, on_commit = {**_DEFAULTS, **given}, _database(alias, params.get("ENQUEUE_ON_COMMIT", False))
+    options, on_commit = {**_DEFAULTS, **given}, params.get("ENQUEUE_ON_COMMIT", False)
+    on_commit = _database(f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT']", on_commit)
     _configs[alias] = _Config(next(_serials), backend_class, read, options, on_commit)
     return _configs[alias]
 
@@ -167,13 +168,12 @@ def _problem(name: Any, value: Any, processes: bool) -> str | None:
     return f"must be {'None or ' if default is None else ''}{right}"
 
 
-def _database(alias: str, value: Any) -> str | None:
-    """Return the database whose commit is to enqueue, if any, for ``value`` of ENQUEUE_ON_COMMIT."""
+def _database(place: str, value: Any) -> str | None:
+    """Return the database whose commit is to enqueue, if any, for the ``value`` that stands at ``place``."""
     database = "default" if value is True else value
     if value is False or (type(database) is str and database in list(connections)):
         return database or None
-    right = "False, True or an alias of DATABASES"
-    raise InvalidTaskBackend(f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be {right}, got {value!r}")
+    raise InvalidTaskBackend(f"{place} must be False, True or an alias of DATABASES, got {value!r}")
 
 
 # --- Plain data: what is kept, crosses a pipe or goes to a cache ----------------------------------
@@ -312,9 +312,10 @@ def _unpack(packed: Mapping[str, Any]) -> _Record:
     values, task = dict(packed), {**packed["task"], "func": func}
     for place, key in ((task, "run_after"), *((values, key) for key in values if key.endswith("_at"))):
         place[key] = place[key] and datetime.fromisoformat(place[key])
-    task_class: Any = LocalTask if "enqueue_on_commit" in task else Task
-    values |= {"task": task_class(**task), "status": TaskResultStatus(packed["status"])}
-    return _Record(**values)
+    kept: Any = object.__new__(LocalTask if "enqueue_on_commit" in task else Task)
+    for key, value in task.items():  # Not by its class, which would validate it by the settings of today.
+        object.__setattr__(kept, key, value)
+    return _Record(**{**values, "task": kept, "status": TaskResultStatus(packed["status"])})
 
 
 # --- One task, in a worker thread or in a child ---------------------------------------------------
@@ -327,10 +328,21 @@ class _RemoteError(Exception):
     def original(self) -> Exception:
         """Return an exception of the same class, if that can be made of the text."""
         path, _, text = self.args
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(ImportError, TypeError, ValueError, AttributeError, LookupError):
             if isinstance(error := import_string(path)(text), Exception):
                 return error
         return RuntimeError(f"{path}: {text}")
+
+
+class _Unforked:
+    """Ends the copy of this process that the code within has forked, once it comes out of there."""
+
+    def __enter__(self) -> None:
+        self.pid = os.getpid()
+
+    def __exit__(self, *error: object) -> None:
+        if os.getpid() != self.pid:
+            os._exit(0)
 
 
 _is_async = functools.lru_cache(maxsize=1024)(iscoroutinefunction)
@@ -345,7 +357,8 @@ async def _await(func: Any, /, *args: Any, **kwargs: Any) -> Any:
     try:
         if _exiting:
             raise asyncio.CancelledError
-        return await func(*args, **kwargs)
+        with _Unforked():
+            return await func(*args, **kwargs)
     finally:
         _coroutines.discard(task)
 
@@ -355,21 +368,17 @@ def _call(record: _Record, pickleable: str = "") -> bytes:
     args, kwargs = marshal.loads(record.payload)
     if record.task.takes_context:
         args.insert(0, TaskContext(task_result=record.result()))
-    func, pid = record.task.func, os.getpid()
-    try:
+    func = record.task.func
+    with _Unforked():
         value = async_to_sync(_await)(func, *args, **kwargs) if _is_async(func) else func(*args, **kwargs)
-        try:
-            return _NONE if value is None else _dump(value)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise (ValueError if isinstance(error, ValueError) else TypeError)(
-                f"Task {record.task.module_path} returned a {type(value).__module__}."
-                f"{type(value).__qualname__} that cannot be kept ({error}). A return value must be "
-                f"JSON{pickleable}: None, bool, int, float, str, UTF-8 bytes, or lists and dicts of these"
-            ) from None
-    finally:
-        if os.getpid() != pid:  # The task forked, and this is the copy.
-            os._exit(0)
-        _clean_connections()
+    try:
+        return _NONE if value is None else _dump(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise (ValueError if isinstance(error, ValueError) else TypeError)(
+            f"Task {record.task.module_path} returned a {type(value).__module__}.{type(value).__qualname__} "
+            f"that cannot be kept ({error}). A return value must be JSON{pickleable}: None, bool, int, "
+            "float, str, UTF-8 bytes, or lists and dicts of these"
+        ) from None
 
 
 def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> tuple[str, str, str]:
@@ -402,9 +411,10 @@ _here = _Here()
 connection_created.connect(lambda **kwargs: setattr(_here, "connected", True), weak=False)
 
 
-def _log_exception(message: str, *args: Any) -> None:
-    with contextlib.suppress(BaseException):  # A log handler may raise, and no worker must end by it.
-        logger.exception(message, *args)
+def _log(level: int, message: str, *args: Any) -> None:
+    # A log handler may raise. No worker must end by it; warnings are also given where Ctrl-C ends a wait.
+    with contextlib.suppress(BaseException if level == logging.ERROR else Exception):
+        logger.log(level, message, *args, exc_info=level >= logging.ERROR)
 
 
 def _clean_connections() -> None:
@@ -419,7 +429,7 @@ def _clean_connections() -> None:
             elif connection.connection is not None:
                 connection.connection.rollback()  # Of a BEGIN that Django does not know of.
         except Exception:
-            _log_exception("Connection %r could not be closed, it is dropped", connection.alias)
+            _log(logging.ERROR, "Connection %r could not be closed, it is dropped", connection.alias)
             del connections[connection.alias]
 
 
@@ -441,11 +451,13 @@ class _Peer:
         while data:
             data = data[os.write(self.writer.fileno(), data) :]
 
-    def read(self) -> Any:
+    def read(self, deadline: float | None = None) -> Any:
         """Return a message. On POSIX one system call is mostly enough for it, and each gives up the GIL."""
-        if os.name != "posix":
-            return marshal.loads(self.reader.recv_bytes())
         while (end := 8 + int.from_bytes(self.unread[:8], "big")) > len(self.unread):
+            if deadline and not self.reader.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError("The task ran for longer than its TASK_TIMEOUT")
+            if os.name != "posix":
+                return marshal.loads(self.reader.recv_bytes())
             if end > 2**40 or not (part := os.read(self.reader.fileno(), 8192)):
                 raise EOFError  # The pipe has ended, or holds what is not ours.
             self.unread += part
@@ -459,9 +471,7 @@ class _Peer:
         A reply to another call is dropped: the exception of a signal handler has ended the wait for it.
         """
         while True:
-            if deadline and not self.unread and not self.reader.poll(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError("The task ran for longer than its TASK_TIMEOUT")
-            kind, of, *content = self.read()
+            kind, of, *content = self.read(deadline)
             if kind not in _REPLIES:
                 self.send(*context.run(_outcome, kind, of, *content))
             elif of == number:
@@ -503,6 +513,8 @@ def _answer_run(reference: str, packed: Mapping[str, Any] | None, *known: Any) -
         return _call(record, " and pickleable")
     except BaseException as error:
         raise _RemoteError(*_describe(error, record.task.func)) from None
+    finally:
+        _clean_connections()
 
 
 def _answer_pool(alias: str, method: str, args: list[Any]) -> Any:
@@ -610,8 +622,9 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _site() -> tuple[dict[str, str], dict[str, bytes]]:
-    """Return what a child needs to be set up alike: the environment, and settings made in code."""
+def _site() -> tuple[dict[str, str], bool, dict[str, bytes]]:
+    """Return what a child needs to be set up alike: the environment, whether the settings are made in code
+    alone, and those that are."""
     module = sys.modules.get(os.environ.get("DJANGO_SETTINGS_MODULE", ""))
     values: dict[str, bytes] = {}
     for name in filter(settings.is_overridden, filter(str.isupper, dir(settings))):
@@ -620,19 +633,23 @@ def _site() -> tuple[dict[str, str], dict[str, bytes]]:
         if name == "DATABASES" or value is not getattr(module, name, values):
             with contextlib.suppress(Exception):  # Not to be pickled: then the child lacks it.
                 values[name] = pickle.dumps(value)
-    return dict(os.environ), values
+    return dict(os.environ), module is None, values
 
 
-def _answer_set_up(environ: dict[str, str], values: dict[str, bytes]) -> None:
+def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, bytes]) -> None:
     for connection in connections.all(initialized_only=True) if settings.configured else ():
         _inherited.append(connection)
         del connections[connection.alias]
     os.environ.clear()
     os.environ.update(environ)
-    if not settings.configured and "DJANGO_SETTINGS_MODULE" not in environ:
+    if in_code and not settings.configured:
         settings.configure()
     for name, value in values.items():
-        setattr(settings, name, pickle.loads(value))
+        try:
+            loaded = pickle.loads(value)
+        except Exception:
+            continue  # As if it could not be pickled.
+        setattr(settings, name, loaded)
     django.setup()
 
 
@@ -710,7 +727,6 @@ class _Child:
             raise
         except Exception:  # The pipe has ended, or holds what is not ours.
             self.process.join(1)
-            _kill_group(self.process.pid)  # What the task has started goes with it.
             self.kill()
         finally:
             self.busy = False
@@ -721,24 +737,25 @@ class _Child:
         raise ChildProcessError(f"Child process {self.process.pid} {how} before the task was done")
 
     def end(self) -> None:
-        """End the process; its worker sees the pipes end, and closes them."""
+        """End the process and what it has started; its worker sees the pipes end, and closes them."""
+        _kill_group(self.process.pid)
         if self.process.is_alive():
-            _kill_group(self.process.pid)
             self.process.kill()
 
     def kill(self, patience: float = 0) -> None:
         """End the process, let go of what belongs to it; before, let it end itself for some seconds."""
         if patience:
-            self.peer.writer.close()
+            with _start_lock:  # A fork must not come in between.
+                self.peer.writer.close()
             self.process.join(patience)
         self.end()
         self.process.join()
         self.forget()
 
     def forget(self) -> None:
-        self.peer.close()
-        self.alive.close()
         with _start_lock:
+            self.peer.close()
+            self.alive.close()
             _children.discard(self)
 
 
@@ -776,9 +793,10 @@ class _Pool:
         self.idle: list[_Worker] = []  # Who waits to be called.
         self.starting: _Worker | None = None  # Not at the queue yet; there it calls the next one.
         self.waking = False  # Whether an idle one is on its way there, to do the same.
-        self.futures: dict[str | None, Future[_Record | None]] = {}  # By id; None: when all is done.
-        self.waiting: dict[str, str | None] = {}  # Which task waits for which.
-        self.cache_failed = self.given_up = False
+        # What is waited with, by which task, if it is one, and for which, or None: until all is done.
+        self.waits: dict[Future[_Record | None], tuple[str, str | None]] = {}
+        self.cache_failed = False
+        self.given_up = 0  # At exit the thread that does it.
 
     def submit(self, record: _Record, config: _Config) -> TaskResult[..., Any]:
         """Keep, announce and queue a task, or raise and leave nothing behind."""
@@ -788,7 +806,10 @@ class _Pool:
                 self.admit(record, config)
             signals.task_enqueued.send(sender=config.backend_class, task_result=result)
             if config.options["RESULTS_CACHE"]:
-                self.publish(record)
+                if transaction.get_connection().in_atomic_block:  # Of which the cache may be a part.
+                    transaction.on_commit(functools.partial(self.publish, record, config))
+                else:
+                    self.publish(record, config)
             queueing = True
             with self.lock:
                 helper = self.place(record)
@@ -872,18 +893,18 @@ class _Pool:
         try:
             worker.thread.start()
         except RuntimeError as error:
-            logger.warning("No more workers could be started for %r: %s", self.alias, error)
+            _log(logging.WARNING, "No more workers could be started for %r: %s", self.alias, error)
             with self.lock:
                 worker.left.set()
                 self.workers.discard(worker)
                 self.starting, lost = None, []
                 if not self.workers:
-                    self.ready, lost = [], [self.active[entry[2]] for entry in self.ready]
+                    queued: list[Any] = [*self.ready, *self.deferred]
+                    self.ready, self.deferred, lost = [], [], [self.active[entry[-1]] for entry in queued]
             self.abandon(lost, f"no worker could be started: {error}")
 
-    def take(self, worker: _Worker) -> _Record | None:
-        """Wait for a task and return it. None: the worker has to leave."""
-        record = None
+    def take(self, worker: _Worker) -> bool:
+        """Wait for a task and give it to the worker. False: the worker has to leave."""
         with _politely(self.lock):
             if self.starting is worker:
                 self.starting = None
@@ -893,20 +914,20 @@ class _Pool:
                     break
                 self.idle.append(worker)
                 self.lock.release()
-                with contextlib.suppress(queue.Empty):
+                with contextlib.suppress(BaseException):  # Empty, or what another thread has raised in here.
                     worker.calls.get(timeout=timeout)
                 _politely(self.lock).acquire()
                 self.waking = False
                 if worker in self.idle:  # Nobody has called.
                     self.idle.remove(worker)
             if stays:
-                record = self.active[heapq.heappop(self.ready)[2]]
-                self.taken.add(record.id)
+                worker.record = self.active[heapq.heappop(self.ready)[2]]
+                self.taken.add(worker.record.id)
             else:
                 self.workers.discard(worker)
             helper = self.call_helper()
         self.start(helper)
-        return record
+        return stays
 
     def promote(self) -> float | None:
         """Make ready what is due; return the seconds until the next one is, at most a day."""
@@ -916,7 +937,7 @@ class _Pool:
             heapq.heappush(self.ready, heapq.heappop(self.deferred)[1:])
         return None
 
-    def advance(self, record: _Record, event: Any, context: contextvars.Context) -> bool:
+    def advance(self, record: _Record, event: Any, context: contextvars.Context, config: _Config) -> bool:
         """Put a changed record in the place of the old one and let it be known. False: it was given up."""
         with _politely(self.lock):
             if (old := self.active.get(record.id)) is None or old.finished_at:
@@ -924,22 +945,23 @@ class _Pool:
             self.active[record.id] = record
         if event is None:
             return True
-        if self.config.options["RESULTS_CACHE"]:
-            self.publish(record)
-        _politely(event.lock)  # Which ``send`` takes.
         try:
-            context.run(event.send_robust, sender=self.config.backend_class, task_result=record.result())
+            if config.options["RESULTS_CACHE"]:
+                self.publish(record, config)
+            _politely(event.lock)  # Which ``send`` takes.
+            with _Unforked():
+                context.run(event.send_robust, sender=config.backend_class, task_result=record.result())
         except BaseException:
-            _log_exception("A signal receiver raised for task result %s", record.id)
+            _log(logging.ERROR, "A signal receiver raised for task result %s", record.id)
         return True
 
     def conclude(
-        self, record: _Record, context: contextvars.Context, value: bytes, error: BaseException | None = None
+        self, worker: _Worker, context: contextvars.Context, value: bytes, error: BaseException | None = None
     ) -> None:
         """In its worker, make a task SUCCESSFUL or, while the error is handled, FAILED; unless given up."""
-        described = None if error is None else _describe(error, record.task.func)[:2]
-        record = record.ended(value, described)
-        if self.advance(record, signals.task_finished, context):
+        described = None if error is None else _describe(error, worker.record.task.func)[:2]
+        record = worker.record.ended(value, described)
+        if self.advance(record, signals.task_finished, context, worker.config):
             _clean_connections()
             self.settle(record.id, record)
 
@@ -949,7 +971,7 @@ class _Pool:
                 raise RuntimeError(f"The task was abandoned: {why}")  # Django logs the error that is handled.
             except RuntimeError as error:
                 record = record.ended(_NONE, _describe(error)[:2])
-                if self.advance(record, signals.task_finished, contextvars.Context()):
+                if self.advance(record, signals.task_finished, contextvars.Context(), self.config):
                     self.settle(record.id, record)
 
     def settle(self, result_id: str, record: _Record | None) -> None:
@@ -961,15 +983,16 @@ class _Pool:
                 self.finished[result_id] = record
                 while len(self.finished) > self.config.options["MAX_RESULTS"]:
                     self.finished.popitem(last=False)
-            done = [self.futures.pop(result_id, None)]
-            if not (self.ready or self.taken):
-                done.append(self.futures.pop(None, None))
-        for future in filter(None, done):
+            over = {result_id} if self.ready or self.taken else {result_id, None}
+            done = [future for future, (_, awaited) in self.waits.items() if awaited in over]
+            for future in done:
+                del self.waits[future]
+        for future in done:
             future.set_result(record)
 
-    def publish(self, record: _Record) -> None:
+    def publish(self, record: _Record, config: _Config) -> None:
         """Write to RESULTS_CACHE; if that fails, say so once and go on."""
-        alias, written = self.config.options["RESULTS_CACHE"], None
+        alias, written = config.options["RESULTS_CACHE"], None
         try:
             while record is not written:  # Another thread may have been faster with a later status.
                 written = record
@@ -979,7 +1002,7 @@ class _Pool:
             self.cache_failed = False
         except Exception:
             if not self.cache_failed:
-                _log_exception("RESULTS_CACHE %r fails; said once, until it works", alias)
+                _log(logging.ERROR, "RESULTS_CACHE %r fails; said once, until it works", alias)
             self.cache_failed = True
 
     def get(self, result_id: str) -> _Record | None:
@@ -994,34 +1017,34 @@ class _Pool:
         """Yield a future of the finished record, or for None of the time when no task is pending or running;
         yield None if there is nothing to wait for. Raise TimeoutError where the wait does."""
         me = current_result_id.get("")
+        future: Future[_Record | None] | None = None
         with self.lock:
-            future = None
             if (self.ready or self.taken) if result_id is None else result_id in self.active:
-                if me in self.taken:
-                    self.check_deadlock(me, result_id)
-                future = self.futures.setdefault(result_id, Future())
-                if not future.running():
-                    future.set_running_or_notify_cancel()  # asyncio must not cancel.
+                self.check_deadlock(me, result_id)
+                future = Future()
+                future.set_running_or_notify_cancel()  # asyncio must not cancel.
+                self.waits[future] = me, result_id
         try:
             yield future
         except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
             raise TimeoutError(_LATE.format(result_id or "Tasks")) from None
         finally:
             with self.lock:
-                self.waiting.pop(me, None)
+                self.waits.pop(future, None)  # type: ignore[arg-type]
 
     def check_deadlock(self, me: str, result_id: str | None) -> None:
-        """Note that ``me`` waits, unless it would do so for ever: then raise RuntimeError."""
-        chain: str | None = result_id or me
-        while chain and chain != me:
-            chain = self.waiting.get(chain)
-        stuck = {key for key, other in self.waiting.items() if other in self.active}
-        if chain == me or len({*stuck, me}) >= self.config.options["MAX_WORKERS"]:
+        """Raise RuntimeError if a wait would never end."""
+        waits = {*self.waits.values(), (me, result_id)}
+        reached = {result_id or me}
+        while more := {awaited or task for task, awaited in waits if task in reached} - reached:
+            reached |= more
+        stuck = {task for task, awaited in waits if task in self.taken and awaited in self.active}
+        full = len(stuck) >= self.config.options["MAX_WORKERS"]
+        if (me in self.taken and (full or me in reached)) or self.given_up == threading.get_ident():
             raise RuntimeError(
-                f"Task result {me} would wait for {result_id or 'all tasks'} for ever: that one waits for "
-                f"this one, or all workers of {self.alias!r} wait"
+                f"It would wait for {result_id or 'all tasks'} for ever: that one waits for "
+                f"{me or 'the exit'}, or all workers of {self.alias!r} wait"
             )
-        self.waiting[me] = result_id
 
     def wait(self, result_id: str | None, timeout: float | None) -> _Record | None:
         """Return the finished record, or None if there was nothing to wait for."""
@@ -1059,7 +1082,13 @@ class _Pool:
             ids = [*self.taken, *(entry[2] for entry in self.ready if entry[1] < closed)]
         if late:
             names = ", ".join(record.id for record in late)
-            logger.warning("%r is closed, %s deferred tasks are abandoned: %s", self.alias, len(late), names)
+            _log(
+                logging.WARNING,
+                "%r is closed, %s deferred tasks are abandoned: %s",
+                self.alias,
+                len(late),
+                names,
+            )
         self.abandon(late, "its pool was closed before it was due")
         for result_id in ids:
             self.wait(result_id, None)
@@ -1070,19 +1099,19 @@ class _Pool:
             worker.left.wait()
         connections.close_all()  # Of signal receivers, in this thread.
 
-    def give_up(self) -> list[str]:
-        """Fail all that is not finished and return the ids; take nothing more."""
+    def give_up(self, lost: dict[str, None]) -> None:
+        """Fail all that is not finished, and note its ids; take nothing more."""
         with self.lock:
-            self.given_up = True
+            self.given_up = threading.get_ident()
             records = [record for record in self.active.values() if not record.finished_at]
             self.ready, self.deferred = [], []
+        lost.update(dict.fromkeys(record.id for record in records))
         self.abandon(records, "the process exits")
         with self.lock:
             children = [worker.child for worker in self.renew(self.config._replace())]
         for child in children:
             if child and child.busy:
                 child.end()
-        return [record.id for record in records]
 
 
 def _due(run_after: datetime | None) -> float:
@@ -1095,6 +1124,7 @@ def _due(run_after: datetime | None) -> float:
 class _Worker:
     """A thread that takes task after task from its pool, and runs them."""
 
+    record: _Record
     child: _Child | None = None
 
     def __init__(self, pool: _Pool, config: _Config) -> None:
@@ -1105,17 +1135,8 @@ class _Worker:
 
     def main(self) -> None:
         self.prepare()
-        while record := self.pool.take(self):
-            self.record, context = record, contextvars.Context()
-            context.run(current_result_id.set, record.id)
-            _clean_connections()
-            try:
-                value = self.execute(context)
-            except BaseException as error:
-                self.pool.conclude(self.record, context, _NONE, error)
-            else:
-                self.pool.conclude(self.record, context, value)
-            del context
+        while self.pool.take(self):
+            self.work()
             self.prepare()
         try:
             if self.child:
@@ -1124,14 +1145,30 @@ class _Worker:
         finally:
             self.left.set()
 
+    def work(self) -> None:
+        """Run the task that was taken, and keep nothing of it."""
+        context = contextvars.Context()
+        context.run(current_result_id.set, self.record.id)
+        _clean_connections()
+        try:
+            value = self.execute(context)
+        except BaseException as error:
+            self.pool.conclude(self, context, _NONE, error)
+        else:
+            self.pool.conclude(self, context, value)
+        del self.record
+
     def prepare(self) -> None:
         """Get ready for the next task."""
 
     def execute(self, context: contextvars.Context) -> bytes:
         """Start the task; return what it returns, as bytes, or raise what it raises."""
         self.record = self.record.started(f"thread-{os.getpid()}-{self.thread.native_id}")
-        runs = self.pool.advance(self.record, signals.task_started, context)
-        return context.run(_call, self.record) if runs else _NONE
+        runs = self.pool.advance(self.record, signals.task_started, context, self.config)
+        try:
+            return context.run(_call, self.record) if runs else _NONE
+        finally:
+            _clean_connections()
 
 
 class _ProcessWorker(_Worker):
@@ -1160,11 +1197,10 @@ class _ProcessWorker(_Worker):
                 event = None if self.record.started_at else signals.task_started
                 self.record = record = self.record.started(f"process-{child.process.pid}")
                 packed = record.pack() if task.takes_context else None
-                deadline = limit and time.monotonic() + limit
                 child.send("run", reference, packed, record.payload, record.id, record.alias)
-                if not self.pool.advance(record, event, context):
+                if not self.pool.advance(record, event, context, self.config):
                     child.end()
-                return child.receive(deadline, context)  # type: ignore[no-any-return]
+                return child.receive(limit and time.monotonic() + limit, context)  # type: ignore[no-any-return]
             except (ChildProcessError, TimeoutError):
                 self.child = None
                 # Of a child that died idle, which has not begun the task, another one takes it.
@@ -1190,8 +1226,8 @@ def _pool(alias: str) -> Any:
     process = getattr(sys.modules.get("multiprocessing.process"), "current_process", None)
     if process and process().name == _CHILD_NAME:
         raise RuntimeError(
-            "A child process must not enqueue while it starts, or tasks would run twice: put what the main "
-            "script does under: if __name__ == '__main__'"
+            "In a child process only its running task may enqueue, or tasks would run twice: put what the "
+            "main script does under: if __name__ == '__main__'"
         )
     return _pools.setdefault(alias, _Pool(alias))
 
@@ -1225,6 +1261,7 @@ def _after_fork_in_child() -> None:
             child.process.join = lambda timeout=None: None
     _start_lock, _pools, _exiting, _parent = threading.RLock(), {}, False, None
     _ids.clear()
+    _coroutines.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -1233,27 +1270,38 @@ if hasattr(os, "register_at_fork"):
 
 
 def _shutdown() -> None:
-    """At exit finish the work, within SHUTDOWN_TIMEOUT; fail what is left, and say so."""
-    global _exiting
-    lost: list[str] = []
+    """At exit finish the work, within SHUTDOWN_TIMEOUT; fail what is left."""
+    lost: dict[str, None] = {}
     with contextlib.suppress(BaseException):  # Whatever a signal handler raises, and where, ends the wait.
         _await_work(lost)
-    with _start_lock:
-        _exiting = True
-    lost += [result_id for pool in list(_pools.values()) for result_id in pool.give_up()]
-    for task in list(_coroutines):
-        with contextlib.suppress(RuntimeError):  # The loop has just ended.
-            task.get_loop().call_soon_threadsafe(task.cancel)
-    if lost:
-        logger.warning("The process exits, %s tasks are FAILED: %s", len(lost), ", ".join(lost))
-    end = time.monotonic() + 5  # Of the patience for idle children; those at work were ended.
-    while _children and time.monotonic() < end:
-        time.sleep(0.01)
+    try:
+        _give_up(lost)
+    except BaseException:  # Another signal.
+        with contextlib.suppress(BaseException):
+            _give_up(lost)
     for child in list(_children):
         child.end()
 
 
-def _await_work(lost: list[str]) -> None:
+def _give_up(lost: dict[str, None]) -> None:
+    """Fail all that is left, and say so; may be repeated."""
+    global _exiting
+    with _start_lock:
+        _exiting = True
+    for pool in list(_pools.values()):
+        pool.give_up(lost)
+    for task in list(_coroutines):
+        with contextlib.suppress(RuntimeError):  # The loop has just ended.
+            task.get_loop().call_soon_threadsafe(task.cancel)
+    if lost:
+        _log(logging.WARNING, "The process exits, %s tasks are FAILED: %s", len(lost), ", ".join(lost))
+        lost.clear()
+    end = time.monotonic() + 5  # Of the patience for idle children; those at work were ended.
+    while _children and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _await_work(lost: dict[str, None]) -> None:
     """Wait until nothing is pending or running; give up each pool when its time is over."""
     begun, said = time.monotonic(), False
     while busy := [pool for pool in list(_pools.values()) if pool.unfinished()]:
@@ -1261,12 +1309,13 @@ def _await_work(lost: list[str]) -> None:
         for pool in busy:
             limit = pool.config.options["SHUTDOWN_TIMEOUT"]
             if limit is not None and time.monotonic() >= begun + limit:
-                lost += pool.give_up()
+                pool.give_up(lost)
             else:
                 ids += pool.unfinished()
         if ids and not said:
             said = True
-            logger.warning(
+            _log(
+                logging.WARNING,
                 "The process exits once %s tasks are finished; Ctrl-C gives up, SHUTDOWN_TIMEOUT limits: %s",
                 *(len(ids), ", ".join(ids)),
             )
@@ -1322,8 +1371,9 @@ class _PoolBackend(BaseTaskBackend):
                     raise ValueError(f"Arguments must be pickleable, and JSON: {error}") from error
             raise
         record = _Record(task, payload, _new_id(), self.alias, enqueued_at=timezone.now())
-        on_commit = getattr(task, "enqueue_on_commit", None)
-        database = self.config.on_commit if on_commit is None else _database(self.alias, on_commit)
+        on_commit, database = getattr(task, "enqueue_on_commit", None), self.config.on_commit
+        if on_commit is not None:
+            database = _database(f"enqueue_on_commit of {task.module_path}", on_commit)
         if database and transaction.get_connection(database).in_atomic_block:
             transaction.on_commit(functools.partial(self._commit, record), using=database)
             return record._replace(enqueued_at=None).result()
@@ -1333,8 +1383,9 @@ class _PoolBackend(BaseTaskBackend):
         _pool(self.alias).submit(record._replace(enqueued_at=timezone.now()), self.config)
 
     async def aenqueue(self, task: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do as ``enqueue``; in place, unless a cache is to be written."""
-        if self.config.options["RESULTS_CACHE"]:
+        """Do as ``enqueue``; in place, signal receivers too, unless a cache or a transaction is involved."""
+        on_commit = self.config.on_commit or getattr(task, "enqueue_on_commit", None)
+        if on_commit or self.config.options["RESULTS_CACHE"]:
             return await sync_to_async(self.enqueue)(task, args, kwargs)
         return self.enqueue(task, args, kwargs)
 
@@ -1346,9 +1397,10 @@ class _PoolBackend(BaseTaskBackend):
         if alias and len(result_id) == 36 and result_id.replace("-", "").isalnum():  # Not any key.
             if packed := caches[alias].get(f"django_tasks_local.{self.alias}.{result_id}"):
                 return _unpack(packed).result()
+        pid = self.stats()["pid"]
         raise TaskResultDoesNotExist(
-            f"No task result {result_id!r} of {self.alias!r} in process {os.getpid()}: results live in the "
-            f"memory of the process that enqueued, at most MAX_RESULTS, and in RESULTS_CACHE, here {alias}"
+            f"No task result {result_id!r} of {self.alias!r} in process {pid}: results live in the memory of "
+            f"the process that enqueued, at most MAX_RESULTS, and in RESULTS_CACHE, here {alias}"
         )
 
     async def aget_result(self, result_id: str) -> TaskResult[..., Any]:

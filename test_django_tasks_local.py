@@ -35,11 +35,13 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 import venv
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +54,7 @@ from typing import Any, NamedTuple
 
 import django
 import pytest
+from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.test import override_settings
 from hypothesis import given
@@ -616,6 +619,20 @@ def test_aliases_work_side_by_side_with_results_of_their_own(kind):
             task_backends["default"].get_result(second.id)
         for backend in task_backends.all():
             backend.close()
+
+
+def test_what_is_pending_runs_though_changed_settings_would_refuse_it(use, gate, connect):
+    senders = []
+    connect(lambda sender, **kwargs: senders.append(sender.__name__), task_finished)
+    backend = use({"QUEUES": ["default", "old"]}, MAX_WORKERS=1)
+    running = wait_at.using(queue_name="old").enqueue(gate.path, 1)
+    waiting = echo.using(queue_name="old").enqueue(2)
+    while not backend.stats()["running"]:
+        os.sched_yield()
+    use({"QUEUES": ["default"], "BACKEND": "django_tasks_local.ThreadPoolBackend"}, MAX_WORKERS=2)
+    gate.open()
+    assert [outcome(result) for result in (running, waiting)] == [1, [[2], {}]]
+    assert set(senders) == {type(backend).__name__}
 
 
 def test_changed_settings_hold_and_the_old_pool_ends_after_its_work(use, gate, signals):
@@ -1211,6 +1228,49 @@ def test_awaiting_leaves_the_loop_free_and_may_be_cancelled(use, gate):
     assert asyncio.run(main()) == 1
 
 
+def test_waits_that_timed_out_leave_nothing_behind(use, gate):
+    backend = use()
+    result = wait_at.enqueue(gate.path)
+
+    async def main() -> "weakref.ref[Any]":
+        with pytest.raises(TimeoutError):
+            await backend.await_result(result.id, 0.001)
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = asyncio.run(main())
+    gc.collect()
+    assert loop() is None
+
+
+@task
+async def wait_for_two(path: str) -> list[Any]:
+    backend = task_backends["default"]
+    soon, late = echo.using(priority=9).enqueue(1), echo.using(priority=-9).enqueue(2)
+    wait_when_told.using(priority=5).enqueue(path)
+
+    async def wait_and_tell() -> Any:
+        result = await backend.await_result(soon.id)
+        Path(path).touch()
+        return result
+
+    results = await asyncio.gather(wait_and_tell(), backend.await_result(late.id))
+    return [result.return_value for result in results]
+
+
+@task
+async def wait_when_told(path: str) -> None:
+    while not Path(path).exists():
+        await asyncio.sleep(0.001)
+    result = echo.using(priority=-10).enqueue(3)
+    with pytest.raises(RuntimeError, match="for ever"):
+        await task_backends["default"].await_result(result.id)
+
+
+def test_a_task_that_waits_for_two_still_waits_when_one_is_finished(use, tmp_path):
+    use(MAX_WORKERS=2)
+    assert outcome(wait_for_two.enqueue(str(tmp_path / "told"))) == [[[1], {}], [[2], {}]]
+
+
 def test_who_waits_gets_the_result_even_if_others_push_it_out(use, connect, gate):
     backend = use(MAX_WORKERS=2, MAX_RESULTS=1)
     result = wait_at.enqueue(gate.path, "mine")
@@ -1605,8 +1665,9 @@ def test_without_threads_tasks_go_to_the_workers_there_are_or_fail(
         await_signal(signals, "started", result.id)
     with no_threads(monkeypatch):
         refused = echo.enqueue(1)
-        if not running:
-            assert "no worker could be started: can't start new thread" in errors(finished(refused))
+        late = echo.using(run_after=timezone.now() + timedelta(days=1)).enqueue()
+        for result in () if running else (refused, late):
+            assert "no worker could be started: can't start new thread" in errors(finished(result))
     assert "can't start new thread" in caplog.text
     assert backend.stats()["workers"] == running
     gate.open()
@@ -1737,6 +1798,14 @@ def test_a_task_overrides_whether_a_commit_enqueues_it(use):
         assert outcome(echo_at_once.enqueue(2)) == ["bare", 2]
         with pytest.raises(InvalidTaskBackend):
             task(enqueue_on_commit="unknown")(bare).enqueue(1)
+
+
+def test_on_commit_holds_for_a_coroutine_that_is_called_in_a_transaction(use):
+    backend = use({"ENQUEUE_ON_COMMIT": True})
+    with transaction.atomic():
+        result = async_to_sync(echo.aenqueue)(1)
+        assert_unknown(backend, result)
+    assert finished(result).return_value == [[1], {}]
 
 
 @task
@@ -1906,17 +1975,17 @@ def test_dead_child_fails_its_own_task_alone(use, gate, signals):
 
 
 @task
-def scribble(gate_path: str) -> None:
+def scribble(gate_path: str, text: str) -> None:
     for pipe in gc.get_objects():
         if type(pipe) is multiprocessing.connection.Connection and not pipe.closed and pipe.writable:
-            os.write(pipe.fileno(), b"\nscribbled on every pipe")
+            os.write(pipe.fileno(), text.encode())
     pass_gate(gate_path)
 
 
 @processes
 def test_task_that_writes_to_the_pipe_fails_alone(use, gate):
     use(MAX_WORKERS=1)
-    assert "Child process" in errors(finished(scribble.enqueue(gate.path)))
+    assert "Child process" in errors(finished(scribble.enqueue(gate.path, "\nscribbled on every pipe")))
     assert finished(echo.enqueue(1)).return_value == [[1], {}]
 
 
@@ -1930,6 +1999,46 @@ def start_and_die(path: str) -> None:
 def test_what_a_task_has_started_ends_with_its_child_that_was_killed(use, tmp_path):
     use(MAX_WORKERS=1)
     assert "SIGKILL" in errors(finished(start_and_die.enqueue(str(tmp_path / "pid"))))
+    assert wait_gone(int((tmp_path / "pid").read_text()))
+
+
+@processes
+def test_time_out_holds_while_an_answer_arrives(use, gate):
+    use(MAX_WORKERS=1, TASK_TIMEOUT=0.5)
+    assert "TimeoutError" in errors(finished(scribble.enqueue(gate.path, "\0" * 7 + "d")))
+
+
+@task
+def find_itself() -> str:
+    return str(task_backends["default"].get_result(current_result_id.get()).status)
+
+
+@processes
+def test_time_out_does_not_count_the_receivers_of_the_start(use, connect):
+    use(MAX_WORKERS=1, TASK_TIMEOUT=1)
+    connect(lambda **kwargs: threading.Event().wait(1.2), task_started)
+    assert outcome(find_itself.enqueue()) == "RUNNING"
+
+
+@task
+def look_for(result_id: str) -> None:
+    task_backends["default"].get_result(result_id)
+
+
+def test_a_task_is_told_whose_memory_lacks_a_result(backend):
+    assert f"in process {os.getpid()}:" in errors(finished(look_for.enqueue("unknown")))
+
+
+@task
+def start_and_leave(path: str) -> None:
+    Path(path).write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+
+
+@processes
+def test_what_a_task_has_started_ends_with_its_child_that_is_replaced(use, tmp_path):
+    backend = use(MAX_WORKERS=1, MAX_TASKS_PER_CHILD=1)
+    assert finished(start_and_leave.enqueue(str(tmp_path / "pid"))).status == SUCCESSFUL
+    backend.close()
     assert wait_gone(int((tmp_path / "pid").read_text()))
 
 
@@ -2006,6 +2115,7 @@ def test_child_that_cannot_start_fails_the_task_and_the_next_one_tries_again(
         with (module_path / "broken_settings.py").open("a") as file:
             file.write("SECRET_KEY = 'x'\n")
         monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "broken_settings")
+        monkeypatch.setitem(sys.modules, "broken_settings", types.ModuleType("broken_settings"))
     use(MAX_WORKERS=1)
     import broken_tasks
 
@@ -2235,6 +2345,22 @@ def test_signal_handlers_that_raise_leave_nothing_half_done(kind, script, monkey
     program.rest()
 
 
+UNREADABLE = """
+if __name__ == "__main__":
+    def hook():
+        pass
+
+    settings.HOOK = hook
+    say("ended", finish(identify.enqueue()).status)
+"""
+
+
+def test_setting_that_only_the_parent_can_read_is_left_out(script):
+    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
+    program.start(UNREADABLE)
+    assert "ended SUCCESSFUL" in program.rest()
+
+
 def test_main_script_without_a_guard_is_told_what_it_lacks(script):
     program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
     program.start("say('ended', finish(identify.enqueue()).status)")
@@ -2306,10 +2432,31 @@ def fork_and_return() -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if pid else -1
 
 
+@task
+async def await_a_copy() -> int:
+    return fork_and_return.func()
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_copy_of_a_task_that_forks_ends_with_the_task(use, signals):
+def test_copy_that_a_receiver_forks_ends_there(use, connect):
+    codes = []
+
+    def receive(**kwargs: Any) -> None:
+        codes.append(fork_and_return.func())
+        if codes[-1] == -1:
+            raise SystemExit
+
+    connect(receive, task_started, task_finished)
+    use(MAX_WORKERS=1)
+    assert outcome(echo.enqueue(1)) == [[1], {}]
+    assert codes == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("forks", [fork_and_return, await_a_copy])
+def test_copy_of_a_task_that_forks_ends_with_the_task(use, signals, forks):
     backend = use(MAX_WORKERS=1)
-    assert finished(fork_and_return.enqueue()).return_value == 0
+    assert finished(forks.enqueue()).return_value == 0
     assert finished(echo.enqueue(1)).return_value == [[1], {}]
     backend.join(TIMEOUT)
     assert [signals.get()[0] for _ in range(signals.qsize())] == ["enqueued", "started", "finished"] * 2
@@ -2521,6 +2668,31 @@ if __name__ == "__main__":
 """
 
 
+WAITING_RECEIVER = """
+def receive(**kwargs):
+    try:
+        task_backends["default"].join()
+    except RuntimeError as error:
+        say("refused", error)
+
+if __name__ == "__main__":
+    wait.enqueue()
+    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
+        os.sched_yield()
+    echo.enqueue(1)
+    task_finished.connect(receive)
+"""
+
+
+@each_kind
+def test_receiver_that_waits_while_the_exit_gives_up_is_refused(script, kind):
+    program = script(default={"kind": kind, "MAX_WORKERS": 1, "SHUTDOWN_TIMEOUT": 0})
+    program.start(WAITING_RECEIVER)
+    said = program.rest()
+    assert any("refused" in line and "for ever" in line for line in said), said
+    assert program.code == 0
+
+
 @each_kind
 def test_receiver_that_never_ends_does_not_hold_up_the_exit(script, kind):
     program = script(default={"kind": kind, "MAX_WORKERS": 1, "SHUTDOWN_TIMEOUT": 0})
@@ -2552,6 +2724,31 @@ def test_second_ctrl_c_gives_up_waiting_at_once(script, kind):
     assert_lost(said, ids)
     assert program.code == -signal.SIGINT
     assert not any("Exception" in line for line in said), said
+
+
+INTERRUPTED = """
+import logging
+
+class Interrupt(logging.Handler):
+    def emit(self, record):
+        if "FAILED" in record.msg:
+            logging.getLogger("django_tasks_local").removeHandler(self)
+            raise KeyboardInterrupt  # As if Ctrl-C came just now.
+
+if __name__ == "__main__":
+    logging.getLogger("django_tasks_local").addHandler(Interrupt())
+    wait.enqueue()
+    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
+        os.sched_yield()
+"""
+
+
+@each_kind
+def test_ctrl_c_while_the_exit_gives_up_loses_nothing_in_silence(script, kind):
+    program = script(default={"kind": kind, "MAX_WORKERS": 1, "SHUTDOWN_TIMEOUT": 0})
+    program.start(INTERRUPTED)
+    assert any("1 tasks are FAILED" in line for line in program.rest())
+    assert program.code == 0
 
 
 LATE = """
@@ -3738,6 +3935,7 @@ def test_the_demonstration_shows_both_backends_a_failure_and_every_status(tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     shown = ("ThreadPoolBackend", "ProcessPoolBackend", "READY", "RUNNING", "SUCCESSFUL", "FAILED")
     assert [text for text in shown if text not in done.stdout] == []
+    assert done.stdout.count("FAILED") == 1, done.stdout  # Though the environment names other settings.
     assert re.search(r"\w+(Error|Exception)\b", done.stdout), "the error of the failing task"
     assert re.search(r"\d\.\d+ ?(x|\u00d7|times)", done.stdout), "the speed-up of the processes"
     assert not re.search(r"[\r\x1b]", done.stdout), "piped to a file, it must be plain text"
@@ -3779,10 +3977,9 @@ def test_the_readme_lists_the_messages_that_there_are():
     tree = ast.parse(Path(django_tasks_local.__file__).read_text(encoding="utf-8"))
     written = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance((node.args or [None])[0], ast.Constant):
-            if found := re.match("logger[.](.+)|_log_(exception)", ast.unparse(node.func)):
-                level = (found[1] or found[2]).upper().replace("EXCEPTION", "ERROR")
-                written.add((level, re.sub(r"%[rs]", "…", node.args[0].value)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_log":
+            level, message = ast.unparse(node.args[0]).removeprefix("logging."), node.args[1].value
+            written.add((level, re.sub(r"%[rs]", "…", message)))
     assert {(level, message.strip("`")) for level, message, _ in rows("Level | Message")} == written
 
 
@@ -4125,6 +4322,14 @@ def test_what_memory_has_evicted_is_read_from_the_cache(use, cache):
         return [await backend.aget_result(result.id) for result in results]
 
     assert asyncio.run(read()) == results
+
+
+def test_a_transaction_of_who_enqueues_holds_no_entry_of_the_cache(use, cache, read_elsewhere):
+    use(RESULTS_CACHE=cache)
+    with transaction.atomic():
+        late = echo.using(run_after=timezone.now() + timedelta(days=1)).enqueue()
+        assert "TaskResultDoesNotExist" in read_elsewhere(late.id)
+    assert " READY " in read_elsewhere(late.id)
 
 
 @pytest.mark.parametrize("result_id", ["", "with a space", "\n", "x" * 300])
