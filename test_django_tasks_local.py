@@ -2345,20 +2345,16 @@ def test_signal_handlers_that_raise_leave_nothing_half_done(kind, script, monkey
     program.rest()
 
 
-UNREADABLE = """
-if __name__ == "__main__":
-    def hook():
-        pass
-
-    settings.HOOK = hook
-    say("ended", finish(identify.enqueue()).status)
-"""
+class Unreadable:
+    def __reduce__(self):
+        return int, ("no number",)
 
 
-def test_setting_that_only_the_parent_can_read_is_left_out(script):
-    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
-    program.start(UNREADABLE)
-    assert "ended SUCCESSFUL" in program.rest()
+@processes
+def test_setting_that_a_child_cannot_read_is_left_out(use):
+    with override_settings(HOOK=Unreadable()):
+        use(MAX_WORKERS=1)
+        assert outcome(echo.enqueue(1)) == [[1], {}]
 
 
 def test_main_script_without_a_guard_is_told_what_it_lacks(script):
