@@ -807,9 +807,9 @@ class _Pool:
             signals.task_enqueued.send(sender=config.backend_class, task_result=result)
             if config.options["RESULTS_CACHE"]:
                 if transaction.get_connection().in_atomic_block:  # Of which the cache may be a part.
-                    transaction.on_commit(functools.partial(self.publish, record, config))
+                    transaction.on_commit(functools.partial(self.publish, record.id, config))
                 else:
-                    self.publish(record, config)
+                    self.publish(record.id, config)
             queueing = True
             with self.lock:
                 helper = self.place(record)
@@ -947,7 +947,7 @@ class _Pool:
             return True
         try:
             if config.options["RESULTS_CACHE"]:
-                self.publish(record, config)
+                self.publish(record.id, config)
             _politely(event.lock)  # Which ``send`` takes.
             with _Unforked():
                 context.run(event.send_robust, sender=config.backend_class, task_result=record.result())
@@ -990,15 +990,17 @@ class _Pool:
         for future in done:
             future.set_result(record)
 
-    def publish(self, record: _Record, config: _Config) -> None:
-        """Write to RESULTS_CACHE; if that fails, say so once and go on."""
+    def publish(self, result_id: str, config: _Config) -> None:
+        """Write what is known of a task to RESULTS_CACHE; if that fails, say so once and go on."""
         alias, written = config.options["RESULTS_CACHE"], None
         try:
-            while record is not written:  # Another thread may have been faster with a later status.
-                written = record
-                caches[alias].set(f"django_tasks_local.{self.alias}.{record.id}", record.pack())
+            while True:  # Another thread may have been faster with a later status.
                 with self.lock:
-                    record = self.active.get(record.id) or self.finished.get(record.id, record)
+                    record = self.active.get(result_id) or self.finished.get(result_id)
+                if record is None or record is written:
+                    break
+                caches[alias].set(f"django_tasks_local.{self.alias}.{result_id}", record.pack())
+                written = record
             self.cache_failed = False
         except Exception:
             if not self.cache_failed:

@@ -4328,6 +4328,14 @@ def test_a_transaction_of_who_enqueues_holds_no_entry_of_the_cache(use, cache, r
     assert " READY " in read_elsewhere(late.id)
 
 
+def test_a_commit_brings_no_earlier_status_back_to_the_cache(use, cache):
+    backend = use(RESULTS_CACHE=cache, MAX_RESULTS=1)
+    with transaction.atomic():
+        results = [finished(echo.enqueue(number)) for number in range(2)]
+        assert backend.stats()["finished"] == 1
+    assert [backend.get_result(result.id) for result in results] == results
+
+
 @pytest.mark.parametrize("result_id", ["", "with a space", "\n", "x" * 300])
 def test_an_id_that_is_no_key_of_a_cache_is_merely_unknown(use, cache, result_id):
     with pytest.raises(TaskResultDoesNotExist):
