@@ -658,6 +658,7 @@ _inherited: list[Any] = []  # Forked connections of the parent: to close one wou
 
 # --- The parent's side of a child -----------------------------------------------------------------
 
+_SET_UP_TIMEOUT = 60  # Seconds for a child to start; others wait for it meanwhile.
 _start_lock = threading.RLock()  # Guards _children; held to start a child, and to fork.
 _children: set[_Child] = set()
 _main_file = getattr(sys.modules["__main__"], "__file__", None)
@@ -689,10 +690,12 @@ class _Child:
                 for end in (requests, answers, alive):
                     end.close()
         try:
-            self.receive()
+            self.receive(time.monotonic() + _SET_UP_TIMEOUT)
         except _RemoteError:  # Django could not be set up.
             self.kill()
             raise
+        except TimeoutError:
+            raise TimeoutError(f"A child process was not set up within {_SET_UP_TIMEOUT} seconds") from None
 
     def start(self, method: str, *ends: Any) -> None:
         import multiprocessing

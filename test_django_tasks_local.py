@@ -2357,6 +2357,28 @@ def test_setting_that_a_child_cannot_read_is_left_out(use):
         assert outcome(echo.enqueue(1)) == [[1], {}]
 
 
+HANGING_CHILD = """
+started = os.environ["SCRIPT_GATE"] + ".started"
+
+if __name__ == "__main__":
+    import django_tasks_local
+
+    django_tasks_local._SET_UP_TIMEOUT = 1
+    results = [identify.enqueue() for _ in range(4)]
+    say("ended", *[finish(result).status for result in results])
+elif not os.path.exists(started):
+    open(started, "w").close()
+    signal.pause()
+"""
+
+
+def test_child_that_hangs_while_it_starts_is_replaced(script):
+    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 3})
+    program.start(HANGING_CHILD)
+    assert program.line("ended").split()[1:] == ["SUCCESSFUL"] * 4
+    program.rest()
+
+
 def test_main_script_without_a_guard_is_told_what_it_lacks(script):
     program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
     program.start("say('ended', finish(identify.enqueue()).status)")
