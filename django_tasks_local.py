@@ -22,7 +22,7 @@ All of this lives in the web process, but for the child::
    of the interpreter waits for the work, as ``SHUTDOWN_TIMEOUT`` says.
 
 Locks: ``_Pool.lock``, one for each alias, guards all of that pool. ``_start_lock`` guards ``_children``,
-and keeps ``os.fork`` away from the start of a child. ``_Peer.lock`` lets one thread of a child talk to
+and keeps ``os.fork`` away from the start and end of a child. ``_Peer.lock`` lets one thread of it talk to
 the parent. Under none of them is a signal sent or a task called, and under the first no other is taken.
 
 Lost when the process is killed: all that is pending, running or kept. All of it is in memory.
