@@ -182,6 +182,7 @@ _serials = itertools.count(1)
 _configs: dict[str, _Config] = {}  # What was read last, by alias.
 _ids: deque[str] = deque()  # Ready-made; a deque is documented as thread-safe at both ends.
 _EXACT = {str: str.__str__, float: float.__float__, int: int.__int__}
+_CACHE_KEY = "django_tasks_local.{}.{}"  # Of alias and id of a result.
 _NONE, _NO_ARGUMENTS = marshal.dumps(None), marshal.dumps([[], {}])
 
 
@@ -1002,7 +1003,7 @@ class _Pool:
                     record = self.active.get(result_id) or self.finished.get(result_id)
                 if record is None or record is written:
                     break
-                caches[alias].set(f"django_tasks_local.{self.alias}.{result_id}", record.pack())
+                caches[alias].set(_CACHE_KEY.format(self.alias, result_id), record.pack())
                 written = record
             self.cache_failed = False
         except Exception:
@@ -1086,14 +1087,8 @@ class _Pool:
             heapq.heapify(self.deferred)
             ids = [*self.taken, *(entry[2] for entry in self.ready if entry[1] < closed)]
         if late:
-            names = ", ".join(record.id for record in late)
-            _log(
-                logging.WARNING,
-                "%r is closed, %s deferred tasks are abandoned: %s",
-                self.alias,
-                len(late),
-                names,
-            )
+            about = self.alias, len(late), ", ".join(record.id for record in late)
+            _log(logging.WARNING, "%r is closed, %s deferred tasks are abandoned: %s", *about)
         self.abandon(late, "its pool was closed before it was due")
         for result_id in ids:
             self.wait(result_id, None)
@@ -1400,7 +1395,7 @@ class _PoolBackend(BaseTaskBackend):
             return record.result()  # type: ignore[no-any-return]
         result_id, alias = str(result_id), self.config.options["RESULTS_CACHE"]
         if alias and len(result_id) == 36 and result_id.replace("-", "").isalnum():  # Not any key.
-            if packed := caches[alias].get(f"django_tasks_local.{self.alias}.{result_id}"):
+            if packed := caches[alias].get(_CACHE_KEY.format(self.alias, result_id)):
                 return _unpack(packed).result()
         pid = self.stats()["pid"]
         raise TaskResultDoesNotExist(

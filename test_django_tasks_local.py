@@ -42,8 +42,8 @@ import urllib.request
 import uuid
 import venv
 import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -2189,10 +2189,19 @@ def echo(value):
 def note(word):
     say("ran", word)
 
+REACHED = os.environ.get("SCRIPT_GATE", "") + ".reached"
+
+def reach():
+    open(REACHED, "w").close()
+
+def wait_until_reached():
+    while not os.path.exists(REACHED):
+        threading.Event().wait(0.01)
+
 @task
 def wait(word="waited"):
     say("waits", os.getpid())
-    open(os.environ["SCRIPT_GATE"] + ".reached", "w").close()
+    reach()
     with open(os.environ["SCRIPT_GATE"]) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
     say("ran", word)
@@ -2330,8 +2339,8 @@ if __name__ == "__main__":
     calls = itertools.cycle([backend.stats, lambda: echo.enqueue(1), lambda: deferred.enqueue(2)])
     rung = []
     signal.signal(signal.SIGALRM, ring)
-    for name in ("django.tasks", "django_tasks"):
-        for level in (logging.DEBUG, logging.INFO):  # Asked first, logging takes a lock, before 3.13 unsafely.
+    for name in ("django.tasks", "django_tasks"):  # Before 3.13 logging may leave a lock held, asked first.
+        for level in (logging.DEBUG, logging.INFO):
             logging.getLogger(name).isEnabledFor(level)
     end = time.monotonic() + 1
     while time.monotonic() < end:
@@ -2591,8 +2600,7 @@ def go():
     names[note.using(run_after=later).enqueue("never").id] = "deferred"
     for result_id, name in names.items():
         say("id", name, result_id)
-    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
-        threading.Event().wait(0.01)
+    wait_until_reached()
 """
 EXITS = (
     EXIT
@@ -2665,13 +2673,12 @@ def test_exit_fails_what_is_left_when_its_time_is_up(script, kind, timeout):
 HANGING = """
 @task
 async def hang():
-    open(os.environ["SCRIPT_GATE"] + ".reached", "w").close()
+    reach()
     await asyncio.Event().wait()
 
 if __name__ == "__main__":
     hang.enqueue()
-    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
-        os.sched_yield()
+    wait_until_reached()
 """
 
 
@@ -2707,8 +2714,7 @@ def receive(**kwargs):
 
 if __name__ == "__main__":
     wait.enqueue()
-    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
-        os.sched_yield()
+    wait_until_reached()
     echo.enqueue(1)
     task_finished.connect(receive)
 """
@@ -2768,8 +2774,7 @@ class Interrupt(logging.Handler):
 if __name__ == "__main__":
     logging.getLogger("django_tasks_local").addHandler(Interrupt())
     wait.enqueue()
-    while not os.path.exists(os.environ["SCRIPT_GATE"] + ".reached"):
-        os.sched_yield()
+    wait_until_reached()
 """
 
 
@@ -4758,8 +4763,10 @@ def measure_idle(table: Table, who: str, pool: Pool) -> None:
 
 def measure_backlog(table: Table, who: str, pool: Pool, pending: int, directory: Path) -> None:
     gate, submit = occupy(pool, directory), pool.submitter(give_back)
+    handles: deque[Any] = deque(maxlen=1000)  # What the caller keeps makes garbage collection slower.
     begun = clock()
-    handles = [submit() for _ in range(pending)]
+    for _ in range(pending):
+        handles.append(submit())
     enqueuing = clock() - begun
     table.seconds[who, f"{BUSY} {pending:,}"].append(enqueuing / pending)
     measure_reading(table.seconds[who, f"{PENDING} {pending:,}"], pool, handles)
@@ -4770,8 +4777,8 @@ def measure_backlog(table: Table, who: str, pool: Pool, pending: int, directory:
     measure_reading(table.seconds[who, FINISHED], pool, handles)
 
 
-def measure_reading(seconds: list[float], pool: Pool, results: list[Any]) -> None:
-    for result in results[-500:] if pool.backend else ():
+def measure_reading(seconds: list[float], pool: Pool, results: Iterable[Any]) -> None:
+    for result in itertools.islice(results, 500 if pool.backend else 0):
         begun = clock()
         pool.backend.get_result(result.id)
         seconds.append(clock() - begun)
