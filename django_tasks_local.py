@@ -1260,6 +1260,8 @@ def _after_fork_in_child() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), child.process.sentinel)
             child.process.join = lambda timeout=None: None
     _start_lock, _pools, _exiting, _parent = threading.RLock(), {}, False, None
+    for handler in (task_backends, caches):  # Another thread may have held the lock of its storage.
+        handler.__init__()  # type: ignore[misc]
     _ids.clear()
     _coroutines.clear()
 

@@ -2467,6 +2467,38 @@ def test_forked_copy_starts_with_nothing_and_harms_nothing(script, gate, kind):
     assert sorted(said) == sorted(ran), "\n".join(said)
 
 
+FORK_WHILE_HELD = """
+from django.core.cache import caches
+
+class Slow(str):
+    def __hash__(self):
+        if sys._getframe(1).f_globals["__name__"] == "asgiref.local":  # It holds a lock here.
+            held.set()
+            done.wait()
+        return super().__hash__()
+
+if __name__ == "__main__":
+    for handler in (task_backends, caches):
+        held, done = threading.Event(), threading.Event()
+        holder = threading.Thread(target=lambda: handler[Slow("default")])
+        holder.start()
+        held.wait()
+        if not os.fork():
+            say("copy", caches["default"].get("key", "none"), finish(echo.enqueue(1)).return_value)
+            os._exit(0)
+        os.wait()
+        done.set()
+        holder.join()
+"""
+
+
+def test_copy_that_is_forked_while_a_backend_is_looked_up_can_enqueue(script):
+    program = script(default={"kind": "ThreadPoolBackend"})
+    program.start(FORK_WHILE_HELD)
+    said = program.rest()  # From Python 3.12 on with a warning against forks.
+    assert [line for line in said if line.startswith("copy")] == ["copy none 1"] * 2, said
+
+
 @task
 def fork_and_return() -> int:
     pid = os.fork()
