@@ -1031,19 +1031,27 @@ def test_the_higher_priority_runs_first_and_equal_ones_in_order(use, gate, signa
     assert order == ["100 2", "100 4", "1 6", "0 0", "0 3", "-1 7", "-100 1", "-100 5"]
 
 
-def test_a_deferred_task_is_ready_until_due_and_then_starts(use):
-    backend = use(MAX_WORKERS=1)
-    finished(echo.enqueue())
+def defer_two(backend: Any) -> list[float]:
+    """Return by how many seconds each of two deferred tasks started late."""
     now = timezone.now()
-    due = {name: now + timedelta(seconds=n) for name, n in (("late", 1.5), ("next", 1.2), ("near", 0.9))}
+    due = {"late": now + timedelta(seconds=0.7), "near": now + timedelta(seconds=0.4)}
     results = {name: echo.using(run_after=moment).enqueue() for name, moment in due.items()}
     assert {backend.get_result(r.id).status for r in results.values()} == {READY}
     stats = backend.stats()
-    assert (stats["deferred"], stats["pending"], stats["running"]) == (3, 0, 0)
+    assert (stats["deferred"], stats["pending"], stats["running"]) == (2, 0, 0)
     backend.join(0)
-    delays = [(finished(r).started_at - due[name]).total_seconds() for name, r in results.items()]
-    assert min(delays) >= 0
-    assert min(delays) < 0.1, delays  # Of one at least: the machine may stand still for a while.
+    return [(finished(results[name]).started_at - due[name]).total_seconds() for name in due]
+
+
+def test_a_deferred_task_is_ready_until_due_and_then_starts(use):
+    backend = use(MAX_WORKERS=1)
+    finished(echo.enqueue())
+    for _ in range(3):  # The machine may stand still once.
+        delays = defer_two(backend)
+        assert min(delays) >= 0
+        if max(delays) < 0.1:
+            break
+    assert max(delays) < 0.1
     assert backend.stats()["deferred"] == 0
 
 
@@ -2612,8 +2620,7 @@ def test_children_end_with_their_parent_and_free_its_port(script, method, number
     assert {*pids.values()} <= started
     program.process.send_signal(number)
     assert program.process.wait(TIMEOUT) == -number
-    assert wait_gone(*pids.values(), timeout=1.5)
-    assert wait_gone(*started)
+    assert wait_gone(*started, timeout=1.5)
     socket.create_server(("127.0.0.1", port)).close()
 
 
