@@ -830,8 +830,6 @@ class _Pool:
         entry, due = (-record.task.priority, next(_serials), record.id), _due(record.task.run_after)
         if due and due > time.time():
             heapq.heappush(self.deferred, (due, *entry))
-            if self.idle:  # It may be due before what the idle ones wait for.
-                self.wake()
         else:
             heapq.heappush(self.ready, entry)
         return self.call_helper()
@@ -879,11 +877,13 @@ class _Pool:
         self.idle.pop()
 
     def call_helper(self) -> _Worker | None:
-        """Wake an idle worker for what is ready, or return a new one to start, one at a time."""
+        """Wake an idle worker for what is ready, or to wait for what is deferred, which only the last one
+        that was woken did; or return a new one to start, one at a time."""
+        if self.waking or not (self.ready or self.deferred):
+            return None
         if self.idle:
-            if self.ready and not self.waking:
-                self.wake()
-        elif (self.ready or self.deferred) and not (self.starting or self.waking):
+            self.wake()
+        elif not self.starting:
             if len(self.workers) < self.config.options["MAX_WORKERS"]:
                 self.starting = self.config.backend_class.worker_class(self, self.config)
                 self.workers.add(self.starting)

@@ -1103,6 +1103,19 @@ def test_waiting_tasks_use_no_worker_and_no_processor_time(use):
     assert (stats["deferred"], stats["running"], stats["pending"]) == (51, 0, 0)
 
 
+def test_a_deferred_task_is_waited_for_though_its_waiter_gets_other_work(use, gate, tmp_path):
+    backend, first = use(MAX_WORKERS=2), Gate(tmp_path / "first")
+    results = [wait_at.enqueue(first.path, n) for n in range(2)]
+    first.open()
+    assert [outcome(result) for result in results] == [0, 1]
+    backend.join(TIMEOUT)
+    deferred = echo.using(run_after=timezone.now() + timedelta(seconds=0.3)).enqueue()
+    busy = wait_at.enqueue(gate.path)
+    assert outcome(deferred) == [[], {}], "the other worker starts it"
+    gate.open()
+    assert outcome(busy) is None
+
+
 def test_one_idle_worker_waits_for_all_that_is_deferred(use):
     backend = use(MAX_WORKERS=2)
     deferred = echo.using(run_after=timezone.now() + timedelta(hours=1))
