@@ -1385,9 +1385,11 @@ class _PoolBackend(BaseTaskBackend):
         _pool(self.alias).submit(record._replace(enqueued_at=timezone.now()), self.config)
 
     async def aenqueue(self, task: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do as ``enqueue``; in place, signal receivers too, unless a cache or a transaction is involved."""
+        """Do as ``enqueue``; in place, signal receivers too, unless one of them is async, or a cache or a
+        transaction is involved."""
         on_commit = self.config.on_commit or getattr(task, "enqueue_on_commit", None)
-        if on_commit or self.config.options["RESULTS_CACHE"]:
+        is_async = any(receiver[-1] for receiver in signals.task_enqueued.receivers)
+        if on_commit or is_async or self.config.options["RESULTS_CACHE"]:
             return await sync_to_async(self.enqueue)(task, args, kwargs)
         return self.enqueue(task, args, kwargs)
 

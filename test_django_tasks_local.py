@@ -1191,6 +1191,20 @@ def test_async_calls_work_without_a_thread_pool(backend, connect, monkeypatch):
     asyncio.run(main())
 
 
+def test_receivers_may_be_async(backend, connect):
+    statuses = []
+
+    async def receive(task_result, **kwargs):
+        await asyncio.sleep(0)
+        statuses.append(task_result.status)
+
+    for source in (task_enqueued, task_started, task_finished):
+        connect(receive, source)
+    assert outcome(asyncio.run(echo.aenqueue(1))) == [[1], {}]
+    assert outcome(echo.enqueue(2)) == [[2], {}]
+    assert statuses == [READY, RUNNING, SUCCESSFUL] * 2
+
+
 class RefusingExecutor(ThreadPoolExecutor):
     def submit(self, *args, **kwargs):
         raise AssertionError("a thread pool was used")
