@@ -646,11 +646,8 @@ def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, byt
     if in_code and not settings.configured:
         settings.configure()
     for name, value in values.items():
-        try:
-            loaded = pickle.loads(value)
-        except Exception:
-            continue  # As if it could not be pickled.
-        setattr(settings, name, loaded)
+        with contextlib.suppress(Exception):  # As if it could not be pickled.
+            setattr(settings, name, pickle.loads(value))
     django.setup()
 
 
@@ -735,9 +732,8 @@ class _Child:
         finally:
             self.busy = False
         code = self.process.exitcode
-        how = f"ended with exit code {code}"
-        with contextlib.suppress(TypeError, ValueError):  # Unless it is a signal, negated.
-            how = f"was killed by {signal.Signals(-code).name}"
+        killers = [number.name for number in signal.Signals if number == -(code or 0)]
+        how = f"was killed by {killers[0]}" if killers else f"ended with exit code {code}"
         raise ChildProcessError(f"Child process {self.process.pid} {how} before the task was done")
 
     def end(self) -> None:
