@@ -646,8 +646,11 @@ def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, byt
     if in_code and not settings.configured:
         settings.configure()
     for name, value in values.items():
-        with contextlib.suppress(Exception):  # As if it could not be pickled.
-            setattr(settings, name, pickle.loads(value))
+        try:
+            loaded = pickle.loads(value)
+        except Exception:
+            continue  # As if it could not be pickled.
+        setattr(settings, name, loaded)
     django.setup()
 
 
