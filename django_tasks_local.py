@@ -181,6 +181,7 @@ def _database(place: str, value: Any) -> str | None:
 _serials = itertools.count(1)
 _configs: dict[str, _Config] = {}  # What was read last, by alias.
 _ids: deque[str] = deque()  # Ready-made; a deque is documented as thread-safe at both ends.
+_ATOMS = {str, int, float, bool, type(None)}
 _EXACT = {str: str.__str__, float: float.__float__, int: int.__int__}
 _CACHE_KEY = "django_tasks_local.{}.{}"  # Of alias and id of a result.
 _NONE, _NO_ARGUMENTS = marshal.dumps(None), marshal.dumps([[], {}])
@@ -197,23 +198,19 @@ def _new_id() -> str:
         return _new_id()
 
 
-def _dump(value: Any) -> bytes:
-    """Return ``value``, made JSON as Django does it, as bytes. Raise TypeError or ValueError."""
+def _plain(value: Any) -> Any:
+    """Return ``value`` made JSON as Django does it, each str, int and float of just that type: a subclass
+    may be a buffer, like those of NumPy, which ``marshal`` writes as bytes. Raise TypeError or ValueError."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list or kind is tuple:
+        return [_plain(item) for item in value]
+    if kind is dict:
+        return {_plain(key): _plain(item) for key, item in value.items()}
     value = normalize_json(value)
-    try:
-        return marshal.dumps(value)
-    except ValueError:  # It holds a subclass of str, int or float.
-        return marshal.dumps(_exact(value))
-
-
-def _exact(value: Any) -> Any:
-    """Return JSON in which each str, int and float is of just that type."""
-    if isinstance(value, dict):
-        return {_exact(key): _exact(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_exact(item) for item in value]
-    kind = next((kind for kind in _EXACT if isinstance(value, kind) and type(value) is not bool), None)
-    return _EXACT[kind](value) if kind else value
+    exact = next((exact for kind, exact in _EXACT.items() if isinstance(value, kind)), _plain)
+    return exact(value)
 
 
 def _find(module: Any, name: str) -> Any:
@@ -295,13 +292,16 @@ class _Record(NamedTuple):
 
     def pack(self) -> dict[str, Any]:
         """Return the record as plain data."""
-        task = {field.name: _convert(getattr(self.task, field.name)) for field in fields(self.task)}
+        task = {field.name: getattr(self.task, field.name) for field in fields(self.task)}
         task["func"] = _reference(self.task.func)
-        return {**{name: _convert(value) for name, value in self._asdict().items()}, "task": task}
+        values = {**self._asdict(), "task": {name: _convert(value) for name, value in task.items()}}
+        return {name: _convert(value) for name, value in values.items()}
 
 
 def _convert(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime) else _exact(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value if isinstance(value, bytes) else _plain(value)
 
 
 def _unpack(packed: Mapping[str, Any]) -> _Record:
@@ -373,7 +373,7 @@ def _call(record: _Record, pickleable: str = "") -> bytes:
     with _Unforked():
         value = async_to_sync(_await)(func, *args, **kwargs) if _is_async(func) else func(*args, **kwargs)
     try:
-        return _NONE if value is None else _dump(value)
+        return _NONE if value is None else marshal.dumps(_plain(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(
             f"Task {record.task.module_path} returned a {type(value).__module__}.{type(value).__qualname__} "
@@ -397,7 +397,7 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
     path, text = "builtins.BaseException", ""
     with contextlib.suppress(BaseException):
         path = f"{type(error).__module__}.{type(error).__qualname__}".replace("__mp_main__", "__main__")
-        text = _exact(str(error))
+        text = _plain(str(error))
     try:
         return path, "".join(traceback.format_exception(type(error), error, frames)), text
     except BaseException:
@@ -1363,7 +1363,7 @@ class _PoolBackend(BaseTaskBackend):
             _reference(task.func)
         arguments = [[*args], {**(kwargs or {})}] if args or kwargs else None
         try:
-            payload = _dump(arguments) if arguments else _NO_ARGUMENTS
+            payload = marshal.dumps(_plain(arguments)) if arguments else _NO_ARGUMENTS
         except TypeError:
             if self.worker_class is _ProcessWorker:
                 try:

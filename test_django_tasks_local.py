@@ -323,12 +323,24 @@ def nested_failure():
         raise LookupError("outer") from error
 
 
+class BufferedText(str):
+    """Also a buffer (from Python 3.12 on), like the strings and numbers of NumPy."""
+
+    def __buffer__(self, flags):
+        return memoryview(b"not this")
+
+
+class BufferedNumber(float):
+    __buffer__ = BufferedText.__buffer__
+
+
 RETURNED = {
     "tuple": lambda: (1, (2, "x")),
     "bytes": lambda: b"caf\xc3\xa9",
     "keys": lambda: {b"k": {1: OrderedDict(a=(None, True))}},
     "string subclass": lambda: type("S", (str,), {})("s"),
     "number subclass": lambda: [type("I", (int,), {})(7), type("F", (float,), {})(0.5)],
+    "buffers": lambda: {BufferedText("k"): [BufferedNumber(0.5), (BufferedText("s"),)]},
     "set": lambda: {1},
     "object": object,
     "lambda": lambda: lambda: 1,
@@ -757,11 +769,17 @@ def test_arguments_that_cannot_be_pickled_are_refused(kind, backend, bad):
         ("keys", {"k": {1: {"a": [None, True]}}}),
         ("string subclass", "s"),
         ("number subclass", [7, 0.5]),
+        ("buffers", {"k": [0.5, ["s"]]}),
         ("huge", "x" * 10_000_000),
     ],
 )
 def test_a_return_value_is_normalised(backend, name, expected):
     assert outcome(give.enqueue(name)) == expected
+
+
+def test_arguments_that_are_buffers_too_are_what_they_are_equal_to(backend):
+    value = RETURNED["buffers"]()
+    assert outcome(echo.enqueue(value, k=value)) == [[{"k": [0.5, ["s"]]}], {"k": {"k": [0.5, ["s"]]}}]
 
 
 @pytest.mark.parametrize(
