@@ -145,6 +145,8 @@ def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, 
     given = params.get("OPTIONS", {})
     if not isinstance(given, Mapping):
         raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS'] must be a dictionary, got {given!r}")
+    for name in _OPTIONS.keys() & params:
+        raise InvalidTaskBackend(f"TASKS[{alias!r}]: {name!r} belongs in its OPTIONS, got {params[name]!r}")
     for name, value in given.items():
         if problem := _problem(name, value, backend_class.worker_class is _ProcessWorker):
             raise InvalidTaskBackend(f"TASKS[{alias!r}]['OPTIONS']: {name!r} {problem}, got {value!r}")
@@ -155,6 +157,8 @@ def _configure(backend_class: type[_PoolBackend], alias: str, params: dict[str, 
 
 
 def _problem(name: Any, value: Any, processes: bool) -> str | None:
+    if name in ("QUEUES", "ENQUEUE_ON_COMMIT"):
+        return "belongs beside OPTIONS"
     if name not in _OPTIONS:
         import difflib
 
@@ -777,6 +781,9 @@ def _politely(lock: Any) -> Any:
     return lock
 
 
+_CLOCK_INTERVAL = 60.0  # Seconds between looks at the clock: it may be set, or the machine sleep.
+
+
 class _Pool:
     """All there is under one alias; ``lock`` guards it.
 
@@ -796,8 +803,8 @@ class _Pool:
         self.idle: list[_Worker] = []  # Who waits to be called.
         self.starting: _Worker | None = None  # Not at the queue yet; there it calls the next one.
         self.waking = False  # Whether an idle one is on its way there, to do the same.
-        # What is waited with, by which task, if it is one, and for which, or None: until all is done.
-        self.waits: dict[Future[_Record | None], tuple[str, str | None]] = {}
+        # By the id that is awaited, or None for all: what is waited with, and by which task, if it is one.
+        self.waits: dict[str | None, dict[Future[_Record | None], str]] = {}
         self.cache_failed = False
         self.given_up = 0  # At exit the thread that does it.
 
@@ -933,10 +940,10 @@ class _Pool:
         return stays
 
     def promote(self) -> float | None:
-        """Make ready what is due; return the seconds until the next one is, at most a day."""
+        """Make ready what is due; return the seconds until the next look at what is deferred."""
         while self.deferred:
             if (left := self.deferred[0][0] - time.time()) > 0:
-                return min(left, 86400.0)
+                return min(left, _CLOCK_INTERVAL)
             heapq.heappush(self.ready, heapq.heappop(self.deferred)[1:])
         return None
 
@@ -982,14 +989,13 @@ class _Pool:
         with _politely(self.lock):
             self.active.pop(result_id, None)
             self.taken.discard(result_id)
+            self.promote()
             if record:
                 self.finished[result_id] = record
                 while len(self.finished) > self.config.options["MAX_RESULTS"]:
                     self.finished.popitem(last=False)
-            over = {result_id} if self.ready or self.taken else {result_id, None}
-            done = [future for future, (_, awaited) in self.waits.items() if awaited in over]
-            for future in done:
-                del self.waits[future]
+            over = [result_id] if self.ready or self.taken else [result_id, None]
+            done = [future for awaited in over for future in self.waits.pop(awaited, ())]
         for future in done:
             future.set_result(record)
 
@@ -1024,28 +1030,36 @@ class _Pool:
         me = current_result_id.get("")
         future: Future[_Record | None] | None = None
         with self.lock:
+            self.promote()
             if (self.ready or self.taken) if result_id is None else result_id in self.active:
                 self.check_deadlock(me, result_id)
                 future = Future()
                 future.set_running_or_notify_cancel()  # asyncio must not cancel.
-                self.waits[future] = me, result_id
+                self.waits.setdefault(result_id, {})[future] = me
         try:
             yield future
         except (concurrent.futures.TimeoutError, asyncio.TimeoutError):
             raise TimeoutError(_LATE.format(result_id or "Tasks")) from None
         finally:
             with self.lock:
-                self.waits.pop(future, None)  # type: ignore[arg-type]
+                waiting: dict[Any, str] = self.waits.get(result_id, {})
+                waiting.pop(future, None)
+                if not waiting:
+                    self.waits.pop(result_id, None)
 
     def check_deadlock(self, me: str, result_id: str | None) -> None:
         """Raise RuntimeError if a wait would never end."""
-        waits = {*self.waits.values(), (me, result_id)}
-        reached = {result_id or me}
-        while more := {awaited or task for task, awaited in waits if task in reached} - reached:
-            reached |= more
-        stuck = {task for task, awaited in waits if task in self.taken and awaited in self.active}
-        full = len(stuck) >= self.config.options["MAX_WORKERS"]
-        if (me in self.taken and (full or me in reached)) or self.given_up == threading.get_ident():
+        never = self.given_up == threading.get_ident()
+        if me in self.taken:
+            waits = {(task, awaited) for awaited, tasks in self.waits.items() for task in tasks.values()}
+            waits.add((me, result_id))
+            reached = {result_id or me}
+            while more := {awaited or task for task, awaited in waits if task in reached} - reached:
+                reached |= more
+            stuck = {task for task, awaited in waits if task in self.taken and awaited in self.active}
+            workers = max(self.config.options["MAX_WORKERS"], len(self.taken))
+            never = never or me in reached or len(stuck) >= workers
+        if never:
             raise RuntimeError(
                 f"It would wait for {result_id or 'all tasks'} for ever: that one waits for "
                 f"{me or 'the exit'}, or all workers of {self.alias!r} wait"
@@ -1054,10 +1068,12 @@ class _Pool:
     def wait(self, result_id: str | None, timeout: float | None) -> _Record | None:
         """Return the finished record, or None if there was nothing to wait for."""
         with self.expect(result_id) as future:
+            timeout = timeout and min(timeout, threading.TIMEOUT_MAX)
             return future and future.result(timeout)  # type: ignore[no-any-return]
 
     def stats(self) -> dict[str, int]:
         with self.lock:
+            self.promote()
             counts = {"pending": len(self.active) - len(self.deferred) - len(self.taken)}
             counts |= {"deferred": len(self.deferred), "running": len(self.taken)}
             counts |= {"finished": len(self.finished), "workers": len(self.workers)}
@@ -1066,6 +1082,7 @@ class _Pool:
     def unfinished(self) -> list[str]:
         """Return the ids of what is running or pending, unless it was given up."""
         with self.lock:
+            self.promote()
             return [] if self.given_up else [*self.taken, *(entry[2] for entry in self.ready)]
 
     def close(self, wait: bool = True) -> None:
@@ -1073,7 +1090,9 @@ class _Pool:
         if self.given_up or _exiting:
             return
         # A thread of its own: a signal handler that raises here must not cut it off.
-        drain = threading.Thread(target=self.drain, args=(next(_serials), self.config), daemon=True)
+        # In no context of a task, either, which some Pythons pass on to threads.
+        run, args = contextvars.Context().run, (self.drain, next(_serials), self.config)
+        drain = threading.Thread(target=run, args=args, name=f"tasks-{self.alias}-drain", daemon=True)
         drain.start()
         if wait and current_result_id.get(None) is None:
             drain.join()
@@ -1081,6 +1100,7 @@ class _Pool:
     def drain(self, closed: int, config: _Config) -> None:
         """Do so with what was queued before; ``closed`` is a sequence number."""
         with self.lock:
+            self.promote()
             late = [self.active[entry[3]] for entry in self.deferred if entry[2] < closed]
             self.deferred = [entry for entry in self.deferred if entry[2] > closed]
             heapq.heapify(self.deferred)
@@ -1399,7 +1419,10 @@ class _PoolBackend(BaseTaskBackend):
         result_id, alias = str(result_id), self.config.options["RESULTS_CACHE"]
         if alias and len(result_id) == 36 and result_id.replace("-", "").isalnum():  # Not any key.
             if packed := caches[alias].get(_CACHE_KEY.format(self.alias, result_id)):
-                return _unpack(packed).result()
+                try:
+                    return _unpack(packed).result()
+                except (ImportError, InvalidTask) as error:
+                    raise TaskResultDoesNotExist(f"The task of {result_id!r} is gone: {error}") from error
         pid = self.stats()["pid"]
         raise TaskResultDoesNotExist(
             f"No task result {result_id!r} of {self.alias!r} in process {pid}: results live in the memory of "

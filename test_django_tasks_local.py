@@ -45,6 +45,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -172,6 +173,7 @@ def fail(message: str) -> None:
 
 
 processes = pytest.mark.parametrize("kind", ["ProcessPoolBackend"])
+threads = pytest.mark.parametrize("kind", ["ThreadPoolBackend"])
 each_kind = pytest.mark.parametrize("kind", ["ThreadPoolBackend", "ProcessPoolBackend"])
 
 
@@ -203,7 +205,7 @@ def use(kind: str) -> Iterator[Callable[..., Any]]:
         task_backends["default"].close()
         override.disable()
         for thread in threading.enumerate():  # The pool is closed once more, not waited for.
-            if thread.name.endswith("(drain)"):
+            if thread.name.endswith("-drain"):
                 thread.join(TIMEOUT)
 
 
@@ -574,6 +576,13 @@ def test_a_wrong_value_of_an_option_is_refused_with_alias_option_value_and_what_
 def test_an_unknown_option_is_refused_with_the_nearest_name(kind, wrong):
     text = refusal(kind, {"OPTIONS": {wrong: 41}})
     assert all(part in text for part in ("'default'", repr(wrong), "41", "MAX_WORKERS"))
+
+
+def test_an_option_in_the_wrong_place_is_told_the_right_one(kind):
+    text = refusal(kind, {"MAX_WORKERS": 3})
+    assert all(part in text for part in ("'default'", "'MAX_WORKERS'", "in its OPTIONS", "3"))
+    text = refusal(kind, {"OPTIONS": {"QUEUES": ["mail"]}})
+    assert all(part in text for part in ("'default'", "'QUEUES'", "beside OPTIONS", "['mail']"))
 
 
 def test_options_that_are_no_mapping_are_refused(kind):
@@ -1134,6 +1143,54 @@ def test_a_deferred_task_is_waited_for_though_its_waiter_gets_other_work(use, ga
     assert outcome(busy) is None
 
 
+def test_a_deferred_task_that_is_due_counts_as_pending_though_all_workers_are_busy(use, gate):
+    backend = use(MAX_WORKERS=1)
+    busy = wait_at.enqueue(gate.path)
+    due = echo.using(run_after=timezone.now() + timedelta(seconds=0.05)).enqueue()
+    with pytest.raises(TimeoutError):
+        backend.wait_result(due.id, 0.2)
+    stats = backend.stats()
+    assert (stats["deferred"], stats["pending"] + stats["running"]) == (0, 2)
+    soon = echo.using(run_after=timezone.now() + timedelta(seconds=0.05)).enqueue()
+    with pytest.raises(TimeoutError):
+        backend.wait_result(soon.id, 0.2)
+    with ThreadPoolExecutor(1) as executor:
+        closing = executor.submit(backend.close)
+        with pytest.raises(TimeoutError):  # It is not abandoned.
+            backend.wait_result(soon.id, 0.2)
+        gate.open()
+        closing.result(TIMEOUT)
+    assert [outcome(result) for result in (busy, due, soon)] == [None, [[], {}], [[], {}]]
+
+
+def test_join_waits_for_what_has_become_due(use, gate, tmp_path):
+    backend, last = use(MAX_WORKERS=1), Gate(tmp_path / "last")
+    busy = wait_at.enqueue(gate.path)
+    due = wait_at.using(run_after=timezone.now() + timedelta(seconds=0.05)).enqueue(last.path)
+    with ThreadPoolExecutor(1) as executor:
+        joining = executor.submit(backend.join)
+        with pytest.raises(TimeoutError):
+            backend.wait_result(due.id, 0.2)
+        gate.open()
+        assert outcome(busy) is None
+        with pytest.raises(FutureTimeoutError):
+            joining.result(0.2)
+        last.open()
+        joining.result(TIMEOUT)
+    assert outcome(due) is None
+
+
+def test_a_clock_that_is_set_forward_makes_deferred_tasks_due(use, monkeypatch):
+    monkeypatch.setattr(django_tasks_local, "_CLOCK_INTERVAL", 0.05)
+    use(MAX_WORKERS=1)
+    deferred = echo.using(run_after=timezone.now() + timedelta(hours=9)).enqueue()
+    with pytest.raises(TimeoutError):
+        finished(deferred, 0.2)
+    read = time.time
+    monkeypatch.setattr("time.time", lambda: read() + 36_000)
+    assert outcome(deferred) == [[], {}]
+
+
 def test_one_idle_worker_waits_for_all_that_is_deferred(use):
     backend = use(MAX_WORKERS=2)
     deferred = echo.using(run_after=timezone.now() + timedelta(hours=1))
@@ -1242,7 +1299,7 @@ def test_waiting_returns_the_finished_result_or_times_out(use, gate):
         with pytest.raises(TimeoutError):
             backend.join(timeout)
     with ThreadPoolExecutor(4) as executor:
-        waiting = [executor.submit(backend.wait_result, result.id) for _ in range(2)]
+        waiting = [executor.submit(backend.wait_result, result.id, wait) for wait in (None, float("inf"))]
         waiting += [
             executor.submit(asyncio.run, backend.await_result(result.id)),
             executor.submit(backend.join),
@@ -1680,6 +1737,23 @@ def try_to_stop():
 def test_in_a_task_close_returns_at_once_and_join_raises(backend):
     assert outcome(try_to_stop.enqueue()) == 1
     assert outcome(echo.enqueue(1)) == [[1], {}]
+
+
+@threads
+def test_in_a_task_close_ends_the_workers_where_threads_inherit_the_context(use, monkeypatch):
+    start = threading.Thread.start
+
+    def inherit(thread):
+        thread.run = functools.partial(contextvars.copy_context().run, thread.run)
+        start(thread)
+
+    monkeypatch.setattr("threading.Thread.start", inherit)
+    backend = use()
+    assert outcome(try_to_stop.enqueue()) == 1
+    for thread in threading.enumerate():
+        if thread.name.endswith("-drain"):
+            thread.join(TIMEOUT)
+    assert backend.stats()["workers"] == 0
 
 
 # --- Threads that cannot be started, locks that others hold
@@ -3607,6 +3681,24 @@ def test_waiting_for_a_task_that_cannot_start_is_refused(use, gate, signals, wai
     assert "refused" in finished(waiter.enqueue(late.id)).return_value
 
 
+def test_waiting_for_a_running_task_is_allowed_though_workers_are_to_be_fewer(use, gate, signals, tmp_path):
+    use(MAX_WORKERS=2)
+    first = Gate(tmp_path / "first")
+    running = wait_at.enqueue(gate.path)
+    waiter = wait_for_named.enqueue(first.path, "running")
+    for result in (running, waiter):
+        await_signal(signals, "started", result.id)
+    use(MAX_WORKERS=1)
+    last = echo.enqueue()
+    Path(f"{first.path}.ids").write_text(json.dumps({"running": running.id}))
+    first.open()
+    with pytest.raises(TimeoutError):
+        finished(waiter, 0.2)
+    gate.open()
+    assert outcome(waiter) == "SUCCESSFUL"
+    assert outcome(last) == [[], {}]
+
+
 def test_waiting_in_a_circle_is_refused(use, gate):
     backend = use(MAX_WORKERS=3)
     ids: dict[str, str] = {}
@@ -4455,6 +4547,25 @@ def test_what_memory_has_evicted_is_read_from_the_cache(use, cache):
         return [await backend.aget_result(result.id) for result in results]
 
     assert asyncio.run(read()) == results
+
+
+def test_a_result_in_the_cache_of_a_task_that_is_gone_does_not_exist(use, cache, module_path):
+    backend = use(RESULTS_CACHE=cache, MAX_RESULTS=1)
+    for name in ("gone", "halfway"):
+        (module_path / f"{name}.py").write_text(
+            f"from {__name__} import task\n@task\ndef work():\n    pass\n"
+        )
+    import gone
+    import halfway
+
+    results = [finished(task.enqueue()) for task in (gone.work, halfway.work, echo)]
+    assert backend.get_result(results[0].id).status == SUCCESSFUL
+    (module_path / "gone.py").unlink()
+    del sys.modules["gone"], halfway.work
+    for result, name in zip(results, ("gone", "halfway"), strict=False):
+        with pytest.raises(TaskResultDoesNotExist, match=name):
+            backend.get_result(result.id)
+    backend.close()
 
 
 def test_a_transaction_of_who_enqueues_holds_no_entry_of_the_cache(use, cache, read_elsewhere):
