@@ -633,15 +633,19 @@ def _site() -> tuple[dict[str, str], bool, dict[str, bytes]]:
     module = sys.modules.get(os.environ.get("DJANGO_SETTINGS_MODULE", ""))
     values: dict[str, bytes] = {}
     for name in filter(settings.is_overridden, filter(str.isupper, dir(settings))):
-        value = getattr(settings, name)
-        # A test run renames the databases in place.
-        if name == "DATABASES" or value is not getattr(module, name, values):
-            with contextlib.suppress(Exception):  # Not to be pickled: then the child lacks it.
+        with contextlib.suppress(Exception):  # Not to be read or pickled: then the child lacks it.
+            value = getattr(settings, name)
+            if value is not getattr(module, name, values):
                 values[name] = pickle.dumps(value)
     return dict(os.environ), module is None, values
 
 
-def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, bytes]) -> None:
+def _databases() -> dict[str, Any]:
+    """Return the names of the databases, which a test run changes in place."""
+    return {alias: database["NAME"] for alias, database in connections.settings.items()}
+
+
+def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, bytes], names: Any) -> None:
     for connection in connections.all(initialized_only=True) if settings.configured else ():
         _inherited.append(connection)
         del connections[connection.alias]
@@ -655,6 +659,8 @@ def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, byt
         except Exception:
             continue  # As if it could not be pickled.
         setattr(settings, name, loaded)
+    for alias in names.keys() & connections.settings.keys():
+        connections.settings[alias]["NAME"] = names[alias]
     django.setup()
 
 
@@ -687,6 +693,7 @@ class _Child:
             self.peer = _Peer(from_child, to_child)
             _children.add(self)
             try:
+                self.databases = _databases()
                 self.start(start_method or _START_METHODS[0], requests, answers, alive)
             except BaseException:
                 self.forget()
@@ -711,7 +718,7 @@ class _Child:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload([__name__])
-        args = (*ends, self.begun, _site())
+        args = (*ends, self.begun, (*_site(), self.databases))
         self.process = context.Process(target=_child_main, args=args, name=_CHILD_NAME)
         try:
             self.process.start()
@@ -741,7 +748,8 @@ class _Child:
         code = self.process.exitcode
         killers = [number.name for number in signal.Signals if number == -(code or 0)]
         how = f"was killed by {killers[0]}" if killers else f"ended with exit code {code}"
-        raise ChildProcessError(f"Child process {self.process.pid} {how} before the task was done")
+        missed = "the task was done" if self.sent else "it was set up; its stderr may say why"
+        raise ChildProcessError(f"Child process {self.process.pid} {how} before {missed}")
 
     def end(self) -> None:
         """End the process and what it has started; its worker sees the pipes end, and closes them."""
@@ -1197,16 +1205,22 @@ class _ProcessWorker(_Worker):
         options = self.config.options
         limit = options["MAX_TASKS_PER_CHILD"] or math.inf
         if self.child and self.child.sent - len(self.child.loaded) >= limit:
-            self.child.kill(patience=5)
-            self.child = None
+            self.drop_child()
         if not self.child and self.config is self.pool.config:
             with contextlib.suppress(Exception):  # The next task tries again, and fails with the error.
                 self.child = _Child(options["START_METHOD"])
+
+    def drop_child(self) -> None:
+        assert self.child
+        self.child.kill(patience=5)
+        self.child = None
 
     def execute(self, context: contextvars.Context) -> bytes:
         task, limit = self.record.task, self.config.options["TASK_TIMEOUT"]
         reference, again = _reference(task.func), False
         while True:
+            if self.child and self.child.databases != _databases():
+                self.drop_child()
             child = self.child = self.child or _Child(self.config.options["START_METHOD"])
             try:
                 if reference not in child.loaded:
@@ -1242,20 +1256,29 @@ def _pool(alias: str) -> Any:
         return _Remote(alias)
     if pool := _pools.get(alias):
         return pool
-    process = getattr(sys.modules.get("multiprocessing.process"), "current_process", None)
-    if process and process().name == _CHILD_NAME:
-        raise RuntimeError(
-            "In a child process only its running task may enqueue, or tasks would run twice: put what the "
-            "main script does under: if __name__ == '__main__'"
-        )
+    if "multiprocessing" in sys.modules:
+        import multiprocessing.util
+
+        if multiprocessing.current_process().name == _CHILD_NAME:
+            raise RuntimeError(
+                "In a child process only its running task may enqueue, or tasks would run twice: put what "
+                "the main script does under: if __name__ == '__main__', enqueue nothing in AppConfig.ready()"
+            )
+        # In a process of its own it joins ours; up to Python 3.12 it does so before ``_shutdown`` ends them.
+        multiprocessing.util.Finalize(None, _shutdown, exitpriority=0)
     return _pools.setdefault(alias, _Pool(alias))
 
 
 def _close_changed(*, setting: str, **kwargs: Any) -> None:
-    """Close the pools whose settings are no longer those of ``TASKS``."""
-    for alias, pool in list(_pools.items()) if setting == "TASKS" else ():
+    """Close the pools whose settings are no longer those of ``TASKS``; give others children set up anew."""
+    for alias, pool in list(_pools.items()):
         if pool.config.serial and pool.config.params != repr(getattr(settings, "TASKS", {}).get(alias)):
             pool.close(wait=False)
+        elif pool.config.serial and pool.config.backend_class.worker_class is _ProcessWorker:
+            with pool.lock:
+                pool.renew(pool.config._replace())
+                helper = pool.call_helper()
+            pool.start(helper)
 
 
 setting_changed.connect(_close_changed)

@@ -2513,6 +2513,52 @@ def test_setting_that_a_child_cannot_read_is_left_out(use):
         assert outcome(echo.enqueue(1)) == [[1], {}]
 
 
+@task
+def read_setting(name: str) -> Any:
+    return getattr(settings, name, None)
+
+
+@task
+def read_database_name() -> Any:
+    return connections["default"].settings_dict["NAME"]
+
+
+@processes
+def test_children_follow_changed_settings(use, gate):
+    backend = use(MAX_WORKERS=1)
+    far = echo.using(run_after=timezone.now() + timedelta(days=1)).enqueue()
+    with override_settings(SITE="first"):
+        assert outcome(read_setting.enqueue("SITE")) == "first"
+    assert outcome(read_setting.enqueue("SITE")) is None
+    busy = wait_at.enqueue(gate.path)
+    with override_settings(SITE="second"):
+        queued = read_setting.enqueue("SITE")
+        gate.open()
+        assert outcome(queued) == "second"
+    assert outcome(busy) is None
+    assert (backend.stats()["deferred"], far.status) == (1, READY)
+
+
+@processes
+def test_children_use_the_databases_that_a_test_run_renames(use, monkeypatch):
+    use(MAX_WORKERS=1)
+    given = connections["default"].settings_dict["NAME"]
+    assert outcome(read_database_name.enqueue()) == given
+    monkeypatch.setitem(connections.settings["default"], "NAME", "renamed")
+    assert outcome(read_database_name.enqueue()) == "renamed"
+    use(MAX_WORKERS=2)
+    monkeypatch.setitem(connections.settings["default"]["OPTIONS"], "factory", lambda: 1)
+    monkeypatch.setitem(connections.settings["default"], "NAME", "renamed twice")
+    assert outcome(read_database_name.enqueue()) == "renamed twice"
+
+
+@processes
+def test_setting_that_cannot_be_read_is_left_out(use):
+    with override_settings(SECRET_KEY=""):
+        use(MAX_WORKERS=1)
+        assert outcome(echo.enqueue(1)) == [[1], {}]
+
+
 HANGING_CHILD = """
 started = os.environ["SCRIPT_GATE"] + ".started"
 
@@ -2533,6 +2579,48 @@ def test_child_that_hangs_while_it_starts_is_replaced(script):
     program.start(HANGING_CHILD)
     assert program.line("ended").split()[1:] == ["SUCCESSFUL"] * 4
     program.rest()
+
+
+BROKEN_MAIN = """
+if __name__ == "__main__":
+    say("ended", finish(identify.enqueue()).errors[0].traceback)
+else:
+    raise LookupError("broken on purpose")
+"""
+
+
+def test_main_script_that_a_child_cannot_import_is_told_apart_from_a_task_that_dies(script):
+    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
+    program.start(BROKEN_MAIN)
+    assert any("exit code 1 before it was set up" in line for line in program.rest())
+
+
+OWN_PROCESS = """
+import multiprocessing
+
+def target():
+    note.enqueue("in its own process")
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context(os.environ["SCRIPT_METHOD"]).Process(target=target)
+    process.start()
+    process.join(20)
+    say("ended", process.exitcode)
+    process.kill()
+"""
+
+
+@each_kind
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_process_of_multiprocessing_that_enqueues_finishes_its_tasks_and_ends(
+    script, kind, method, monkeypatch
+):
+    monkeypatch.setenv("SCRIPT_METHOD", method)
+    program = script(default={"kind": kind, "MAX_WORKERS": 1})
+    program.start(OWN_PROCESS)
+    said = program.rest()
+    assert "ran in its own process" in said
+    assert "ended 0" in said
 
 
 def test_main_script_without_a_guard_is_told_what_it_lacks(script):
