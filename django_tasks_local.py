@@ -213,8 +213,10 @@ def _plain(value: Any) -> Any:
     if kind is dict:
         return {_plain(key): _plain(item) for key, item in value.items()}
     value = normalize_json(value)
-    exact = next((exact for kind, exact in _EXACT.items() if isinstance(value, kind)), _plain)
-    return exact(value)
+    for kind, exact in _EXACT.items():
+        if isinstance(value, kind):
+            return exact(value)
+    return _plain(value)
 
 
 def _find(module: Any, name: str) -> Any:
@@ -635,17 +637,19 @@ def _site() -> tuple[dict[str, str], bool, dict[str, bytes]]:
     for name in filter(settings.is_overridden, filter(str.isupper, dir(settings))):
         with contextlib.suppress(Exception):  # Not to be read or pickled: then the child lacks it.
             value = getattr(settings, name)
-            if value is not getattr(module, name, values):
+            # A test run changes the databases in place.
+            if name == "DATABASES" or value is not getattr(module, name, values):
                 values[name] = pickle.dumps(value)
     return dict(os.environ), module is None, values
 
 
 def _databases() -> dict[str, Any]:
-    """Return the names of the databases, which a test run changes in place."""
-    return {alias: database["NAME"] for alias, database in connections.settings.items()}
+    """Return where the databases are: to be set in a child even if the rest cannot be pickled."""
+    keys = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
+    return {alias: {key: params.get(key) for key in keys} for alias, params in connections.settings.items()}
 
 
-def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, bytes], names: Any) -> None:
+def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, bytes], databases: Any) -> None:
     for connection in connections.all(initialized_only=True) if settings.configured else ():
         _inherited.append(connection)
         del connections[connection.alias]
@@ -659,8 +663,8 @@ def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, byt
         except Exception:
             continue  # As if it could not be pickled.
         setattr(settings, name, loaded)
-    for alias in names.keys() & connections.settings.keys():
-        connections.settings[alias]["NAME"] = names[alias]
+    for alias in databases.keys() & connections.settings.keys():
+        connections.settings[alias].update(databases[alias])
     django.setup()
 
 
@@ -1050,10 +1054,7 @@ class _Pool:
             raise TimeoutError(_LATE.format(result_id or "Tasks")) from None
         finally:
             with self.lock:
-                waiting: dict[Any, str] = self.waits.get(result_id, {})
-                waiting.pop(future, None)
-                if not waiting:
-                    self.waits.pop(result_id, None)
+                self.waits.get(result_id, {}).pop(future, None)  # type: ignore[arg-type]
 
     def check_deadlock(self, me: str, result_id: str | None) -> None:
         """Raise RuntimeError if a wait would never end."""
@@ -1064,9 +1065,12 @@ class _Pool:
             reached = {result_id or me}
             while more := {awaited or task for task, awaited in waits if task in reached} - reached:
                 reached |= more
-            stuck = {task for task, awaited in waits if task in self.taken and awaited in self.active}
-            workers = max(self.config.options["MAX_WORKERS"], len(self.taken))
-            never = never or me in reached or len(stuck) >= workers
+            waits = {(task, awaited) for task, awaited in waits if awaited in self.active}
+            free = set(self.taken)  # Of them, and of what waits for none but them, the workers get free.
+            while stuck := {task for task, awaited in waits if task in free and awaited not in free}:
+                free -= stuck
+            full = len(self.taken) - len(free) >= self.config.options["MAX_WORKERS"]
+            never = never or full or me in reached
         if never:
             raise RuntimeError(
                 f"It would wait for {result_id or 'all tasks'} for ever: that one waits for "
@@ -1265,20 +1269,21 @@ def _pool(alias: str) -> Any:
                 "the main script does under: if __name__ == '__main__', enqueue nothing in AppConfig.ready()"
             )
         # In a process of its own it joins ours; up to Python 3.12 it does so before ``_shutdown`` ends them.
-        multiprocessing.util.Finalize(None, _shutdown, exitpriority=0)
+        multiprocessing.util.Finalize(None, _shutdown, exitpriority=100)
     return _pools.setdefault(alias, _Pool(alias))
 
 
 def _close_changed(*, setting: str, **kwargs: Any) -> None:
     """Close the pools whose settings are no longer those of ``TASKS``; give others children set up anew."""
     for alias, pool in list(_pools.items()):
-        if pool.config.serial and pool.config.params != repr(getattr(settings, "TASKS", {}).get(alias)):
+        if not pool.config.serial:
+            continue
+        params = repr(getattr(settings, "TASKS", {}).get(alias))
+        if setting == "TASKS" and pool.config.params != params:
             pool.close(wait=False)
-        elif pool.config.serial and pool.config.backend_class.worker_class is _ProcessWorker:
+        elif pool.config.backend_class.worker_class is _ProcessWorker:
             with pool.lock:
-                pool.renew(pool.config._replace())
-                helper = pool.call_helper()
-            pool.start(helper)
+                pool.renew(pool.config._replace())  # Who leaves calls the next one.
 
 
 setting_changed.connect(_close_changed)

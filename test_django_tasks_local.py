@@ -2519,8 +2519,19 @@ def read_setting(name: str) -> Any:
 
 
 @task
-def read_database_name() -> Any:
-    return connections["default"].settings_dict["NAME"]
+def read_database_name(alias: str = "default") -> Any:
+    return "{NAME} of {USER}".format(**connections[alias].settings_dict)
+
+
+def test_another_setting_that_changes_closes_no_pool(kind):
+    backend = getattr(django_tasks_local, kind)("made by hand", {"OPTIONS": {"MAX_WORKERS": 1}})
+    deferred = backend.enqueue(echo.using(run_after=timezone.now() + timedelta(days=1)))
+    with override_settings(SITE="first"):
+        pass
+    with pytest.raises(TimeoutError):
+        backend.wait_result(deferred.id, 0.1)
+    with override_settings(TASKS={}):
+        assert backend.wait_result(deferred.id, TIMEOUT).status == FAILED
 
 
 @processes
@@ -2542,14 +2553,16 @@ def test_children_follow_changed_settings(use, gate):
 @processes
 def test_children_use_the_databases_that_a_test_run_renames(use, monkeypatch):
     use(MAX_WORKERS=1)
-    given = connections["default"].settings_dict["NAME"]
-    assert outcome(read_database_name.enqueue()) == given
+    assert outcome(read_database_name.enqueue()) == read_database_name.func()
     monkeypatch.setitem(connections.settings["default"], "NAME", "renamed")
-    assert outcome(read_database_name.enqueue()) == "renamed"
+    monkeypatch.setitem(connections.settings["default"], "USER", "tester")
+    assert outcome(read_database_name.enqueue()) == "renamed of tester"
+    monkeypatch.setitem(connections.settings, "added", {**connections.settings["default"], "NAME": "added"})
+    assert outcome(read_database_name.enqueue("added")) == "added of tester"
     use(MAX_WORKERS=2)
     monkeypatch.setitem(connections.settings["default"]["OPTIONS"], "factory", lambda: 1)
     monkeypatch.setitem(connections.settings["default"], "NAME", "renamed twice")
-    assert outcome(read_database_name.enqueue()) == "renamed twice"
+    assert outcome(read_database_name.enqueue()) == "renamed twice of tester"
 
 
 @processes
@@ -2598,15 +2611,28 @@ def test_main_script_that_a_child_cannot_import_is_told_apart_from_a_task_that_d
 OWN_PROCESS = """
 import multiprocessing
 
-def target():
+@task
+def put(word):
+    words.put(word)
+
+def target(given):
+    global words
+    words = given
+    words.put("warm")  # Now a thread feeds the queue, until multiprocessing ends it.
     note.enqueue("in its own process")
+    if "Thread" in settings.TASKS["default"]["BACKEND"]:
+        put.enqueue("late")
 
 if __name__ == "__main__":
-    process = multiprocessing.get_context(os.environ["SCRIPT_METHOD"]).Process(target=target)
+    context = multiprocessing.get_context(os.environ["SCRIPT_METHOD"])
+    words = context.Queue()
+    process = context.Process(target=target, args=(words,))
     process.start()
     process.join(20)
     say("ended", process.exitcode)
     process.kill()
+    if "Thread" in settings.TASKS["default"]["BACKEND"]:
+        say("queued", words.get(timeout=10), words.get(timeout=10))
 """
 
 
@@ -2621,6 +2647,7 @@ def test_process_of_multiprocessing_that_enqueues_finishes_its_tasks_and_ends(
     said = program.rest()
     assert "ran in its own process" in said
     assert "ended 0" in said
+    assert ("queued warm late" in said) is (kind == "ThreadPoolBackend")
 
 
 def test_main_script_without_a_guard_is_told_what_it_lacks(script):
@@ -3785,6 +3812,22 @@ def test_waiting_for_a_running_task_is_allowed_though_workers_are_to_be_fewer(us
     gate.open()
     assert outcome(waiter) == "SUCCESSFUL"
     assert outcome(last) == [[], {}]
+
+
+def test_waiting_for_a_task_that_fewer_workers_cannot_start_is_refused(use, gate, signals, tmp_path):
+    use(MAX_WORKERS=2)
+    first = Gate(tmp_path / "first")
+    running = wait_at.enqueue(gate.path)
+    waiter = wait_for_named.enqueue(first.path, "pending")
+    for result in (running, waiter):
+        await_signal(signals, "started", result.id)
+    use(MAX_WORKERS=1)
+    pending = echo.enqueue()
+    Path(f"{first.path}.ids").write_text(json.dumps({"pending": pending.id}))
+    first.open()
+    assert "refused" in outcome(waiter)
+    gate.open()
+    assert (outcome(running), outcome(pending)) == (None, [[], {}])
 
 
 def test_waiting_in_a_circle_is_refused(use, gate):
