@@ -3796,35 +3796,30 @@ def test_waiting_for_a_task_that_cannot_start_is_refused(use, gate, signals, wai
     assert "refused" in finished(waiter.enqueue(late.id)).return_value
 
 
-def test_waiting_for_a_running_task_is_allowed_though_workers_are_to_be_fewer(use, gate, signals, tmp_path):
+def lower_workers(use, gate, signals, first, name):
+    """Run a task at the gate, and one that is to wait for the one of that name; then allow but one worker."""
     use(MAX_WORKERS=2)
-    first = Gate(tmp_path / "first")
-    running = wait_at.enqueue(gate.path)
-    waiter = wait_for_named.enqueue(first.path, "running")
-    for result in (running, waiter):
-        await_signal(signals, "started", result.id)
-    use(MAX_WORKERS=1)
-    last = echo.enqueue()
-    Path(f"{first.path}.ids").write_text(json.dumps({"running": running.id}))
-    first.open()
-    with pytest.raises(TimeoutError):
-        finished(waiter, 0.2)
-    gate.open()
-    assert outcome(waiter) == "SUCCESSFUL"
-    assert outcome(last) == [[], {}]
-
-
-def test_waiting_for_a_task_that_fewer_workers_cannot_start_is_refused(use, gate, signals, tmp_path):
-    use(MAX_WORKERS=2)
-    first = Gate(tmp_path / "first")
-    running = wait_at.enqueue(gate.path)
-    waiter = wait_for_named.enqueue(first.path, "pending")
+    running, waiter = wait_at.enqueue(gate.path), wait_for_named.enqueue(first.path, name)
     for result in (running, waiter):
         await_signal(signals, "started", result.id)
     use(MAX_WORKERS=1)
     pending = echo.enqueue()
-    Path(f"{first.path}.ids").write_text(json.dumps({"pending": pending.id}))
+    Path(f"{first.path}.ids").write_text(json.dumps({"running": running.id, "pending": pending.id}))
     first.open()
+    return running, waiter, pending
+
+
+def test_waiting_for_a_running_task_is_allowed_though_workers_are_to_be_fewer(use, gate, signals, tmp_path):
+    _, waiter, pending = lower_workers(use, gate, signals, Gate(tmp_path / "first"), "running")
+    with pytest.raises(TimeoutError):
+        finished(waiter, 0.2)
+    gate.open()
+    assert outcome(waiter) == "SUCCESSFUL"
+    assert outcome(pending) == [[], {}]
+
+
+def test_waiting_for_a_task_that_fewer_workers_cannot_start_is_refused(use, gate, signals, tmp_path):
+    running, waiter, pending = lower_workers(use, gate, signals, Gate(tmp_path / "first"), "pending")
     assert "refused" in outcome(waiter)
     gate.open()
     assert (outcome(running), outcome(pending)) == (None, [[], {}])
