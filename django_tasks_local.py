@@ -299,9 +299,8 @@ class _Record(NamedTuple):
     def pack(self) -> dict[str, Any]:
         """Return the record as plain data."""
         task = {field.name: getattr(self.task, field.name) for field in fields(self.task)}
-        task["func"] = _reference(self.task.func)
-        values = {**self._asdict(), "task": {name: _convert(value) for name, value in task.items()}}
-        return {name: _convert(value) for name, value in values.items()}
+        task |= {"func": _reference(self.task.func), "run_after": _convert(self.task.run_after)}
+        return {name: _convert(value) for name, value in {**self._asdict(), "task": task}.items()}
 
 
 def _convert(value: Any) -> Any:
@@ -1170,8 +1169,7 @@ class _Worker:
             self.work()
             self.prepare()
         try:
-            if self.child:
-                self.child.kill(patience=5)
+            self.drop_child()
             connections.close_all()
         finally:
             self.left.set()
@@ -1188,6 +1186,12 @@ class _Worker:
         else:
             self.pool.conclude(self, context, value)
         del self.record
+
+    def drop_child(self) -> None:
+        """End the child process, if there is one; let it end itself before."""
+        if self.child:
+            self.child.kill(patience=5)
+            self.child = None
 
     def prepare(self) -> None:
         """Get ready for the next task."""
@@ -1213,11 +1217,6 @@ class _ProcessWorker(_Worker):
         if not self.child and self.config is self.pool.config:
             with contextlib.suppress(Exception):  # The next task tries again, and fails with the error.
                 self.child = _Child(options["START_METHOD"])
-
-    def drop_child(self) -> None:
-        assert self.child
-        self.child.kill(patience=5)
-        self.child = None
 
     def execute(self, context: contextvars.Context) -> bytes:
         task, limit = self.record.task, self.config.options["TASK_TIMEOUT"]
@@ -1278,8 +1277,7 @@ def _close_changed(*, setting: str, **kwargs: Any) -> None:
     for alias, pool in list(_pools.items()):
         if not pool.config.serial:
             continue
-        params = repr(getattr(settings, "TASKS", {}).get(alias))
-        if setting == "TASKS" and pool.config.params != params:
+        if setting == "TASKS" and pool.config.params != repr(getattr(settings, "TASKS", {}).get(alias)):
             pool.close(wait=False)
         elif pool.config.backend_class.worker_class is _ProcessWorker:
             with pool.lock:

@@ -204,9 +204,14 @@ def use(kind: str) -> Iterator[Callable[..., Any]]:
     for override in reversed(overrides):
         task_backends["default"].close()
         override.disable()
-        for thread in threading.enumerate():  # The pool is closed once more, not waited for.
-            if thread.name.endswith("-drain"):
-                thread.join(TIMEOUT)
+        join_drains()  # The pool is closed once more, not waited for.
+
+
+def join_drains() -> None:
+    """Wait until what was closed in a task, or by changed settings, is closed."""
+    for thread in threading.enumerate():
+        if thread.name.endswith("-drain"):
+            thread.join(TIMEOUT)
 
 
 @pytest.fixture
@@ -1750,9 +1755,7 @@ def test_in_a_task_close_ends_the_workers_where_threads_inherit_the_context(use,
     monkeypatch.setattr("threading.Thread.start", inherit)
     backend = use()
     assert outcome(try_to_stop.enqueue()) == 1
-    for thread in threading.enumerate():
-        if thread.name.endswith("-drain"):
-            thread.join(TIMEOUT)
+    join_drains()
     assert backend.stats()["workers"] == 0
 
 
