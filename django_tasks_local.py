@@ -379,7 +379,7 @@ def _call(record: _Record, pickleable: str = "") -> bytes:
         value = async_to_sync(_await)(func, *args, **kwargs) if _is_async(func) else func(*args, **kwargs)
     try:
         return _NONE if value is None else marshal.dumps(_plain(value))
-    except (TypeError, ValueError, RecursionError) as error:
+    except Exception as error:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(
             f"Task {record.task.module_path} returned a {type(value).__module__}.{type(value).__qualname__} "
             f"that cannot be kept ({error}). A return value must be JSON{pickleable}: None, bool, int, "
@@ -503,11 +503,17 @@ def _outcome(name: str, number: int, *args: Any) -> tuple[Any, ...]:
 
 _parent: _Peer | None = None  # Set in a child, and there only.
 _loaded: dict[str, Task[..., Any]] = {}  # There the tasks that were imported, by reference.
+_loading = False  # Whether one is: in the parent the settings may have changed since it was.
 
 
 def _answer_load(packed: Mapping[str, Any]) -> None:
     """In a child: import the task of a record."""
-    _loaded[packed["task"]["func"]] = _unpack(packed).task
+    global _loading
+    _loading = True
+    try:
+        _loaded[packed["task"]["func"]] = _unpack(packed).task
+    finally:
+        _loading = False
 
 
 def _answer_run(reference: str, packed: Mapping[str, Any] | None, *known: Any) -> bytes:
@@ -656,6 +662,7 @@ def _answer_set_up(environ: dict[str, str], in_code: bool, values: dict[str, byt
     os.environ.update(environ)
     if in_code and not settings.configured:
         settings.configure()
+        vars(settings)["configure"] = lambda *args, **kwargs: None  # Of a module of tasks, once imported.
     for name, value in values.items():
         try:
             loaded = pickle.loads(value)
@@ -1397,6 +1404,11 @@ class _PoolBackend(BaseTaskBackend):
         """Check ``params``, that is ``TASKS[alias]``, or raise InvalidTaskBackend; start nothing."""
         super().__init__(alias, params)
         self.config = _configure(type(self), alias, params)
+
+    def validate_task(self, task: Any) -> None:
+        """Raise InvalidTask if the backend cannot run this Task."""
+        if not _loading:
+            super().validate_task(task)
 
     def enqueue(self, task: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Queue up a Task with its arguments and return its TaskResult, READY.

@@ -42,7 +42,7 @@ import urllib.request
 import uuid
 import venv
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -341,6 +341,11 @@ class BufferedNumber(float):
     __buffer__ = BufferedText.__buffer__
 
 
+class RaisingMapping(UserDict[str, Any]):
+    def __iter__(self):
+        raise OSError("own")
+
+
 RETURNED = {
     "tuple": lambda: (1, (2, "x")),
     "bytes": lambda: b"caf\xc3\xa9",
@@ -353,6 +358,7 @@ RETURNED = {
     "lambda": lambda: lambda: 1,
     "latin": lambda: b"\xe9",
     "deep": lambda: 0,
+    "raises": lambda: RaisingMapping(a=1),
     "huge": lambda: "x" * 10_000_000,
 }
 
@@ -630,6 +636,13 @@ def test_all_workers_work_at_once_and_no_more(use, gate, signals):
     }
 
 
+def test_task_runs_though_its_module_has_others_that_the_settings_of_now_refuse(use):
+    use({"QUEUES": ["mail"]})
+    assert outcome(echo.using(queue_name="mail").enqueue(1)) == [[1], {}]
+    with pytest.raises(InvalidTask, match="'default' is not valid"):
+        echo.enqueue(1)
+
+
 def test_aliases_work_side_by_side_with_results_of_their_own(kind):
     entry = {"BACKEND": f"django_tasks_local.{kind}", "QUEUES": ["default", "mail"]}
     with override_settings(TASKS={"default": entry, "second": entry}):
@@ -804,6 +817,7 @@ def test_arguments_that_are_buffers_too_are_what_they_are_equal_to(backend):
         ("lambda", "function"),
         ("latin", "bytes"),
         ("deep", "list"),
+        ("raises", "RaisingMapping"),
     ],
 )
 def test_a_return_value_that_is_not_json_fails_the_task_and_says_what_may_be(kind, backend, name, what):
@@ -1487,8 +1501,10 @@ SCRIPT = """
 VALUES = {"SPECIAL": ["x", (1,)], "USE_TZ": False, "SECRET_KEY": "k"}
 
 
-@pytest.mark.parametrize("how", ["configure", "configure unless done", "settings module"])
-def test_a_script_runs_tasks_of_its_main_module(tmp_path, kind, how):
+@pytest.mark.parametrize(
+    "how", ["configure", "configure unless done", "configure in an imported module", "settings module"]
+)
+def test_a_script_runs_tasks_of_its_own(tmp_path, kind, how):
     values = {**VALUES, "TASKS": {"default": {"BACKEND": f"django_tasks_local.{kind}"}}}
     environ = {}
     if how == "settings module":
@@ -1499,7 +1515,13 @@ def test_a_script_runs_tasks_of_its_main_module(tmp_path, kind, how):
     else:
         guard = "if not settings.configured: " if "unless" in how else ""
         configure = f"{guard}settings.configure(**{values!r})"
-    found, errors = run_script(tmp_path, SCRIPT.format(configure=configure), **environ)
+    text = SCRIPT.format(configure=configure)
+    if "imported" in how:
+        guard = 'if __name__ == "__main__"'
+        text = text.replace(guard, "if True", 1).replace(guard, "def main()")
+        (tmp_path / "imported.py").write_text(textwrap.dedent(text))
+        text = "if __name__ == '__main__':\n    import imported\n    imported.main()"
+    found, errors = run_script(tmp_path, text, **environ)
     parent, (doubled, pid, special, use_tz), path, same = found
     assert (doubled, special, use_tz) == (8, ["x", [1]], False)
     assert (pid == parent) is (kind == "ThreadPoolBackend")
