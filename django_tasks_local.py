@@ -620,6 +620,7 @@ def _detach(alive: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         import fcntl
 
@@ -730,10 +731,16 @@ class _Child:
             context.set_forkserver_preload([__name__])
         args = (*ends, self.begun, (*_site(), self.databases))
         self.process = context.Process(target=_child_main, args=args, name=_CHILD_NAME)
+        if posix := hasattr(signal, "pthread_sigmask"):
+            # Threads of some servers block all signals. A fork server inherits that, but must hear of ends.
+            mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         try:
             self.process.start()
         except ChildProcessError:  # A fork has left us with the fork server of our parent.
             self.start("spawn", *ends)
+        finally:
+            if posix:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def send(self, kind: str, *content: Any) -> None:
         self.busy = True
@@ -1027,12 +1034,12 @@ class _Pool:
                 if record is None or record is written:
                     break
                 caches[alias].set(_CACHE_KEY.format(self.alias, result_id), record.pack())
-                written = record
-            self.cache_failed = False
+                written, self.cache_failed = record, False
         except Exception:
-            if not self.cache_failed:
+            with self.lock:
+                said, self.cache_failed = self.cache_failed, True
+            if not said:
                 _log(logging.ERROR, "RESULTS_CACHE %r fails; said once, until it works", alias)
-            self.cache_failed = True
 
     def get(self, result_id: str) -> _Record | None:
         with self.lock:
@@ -1461,10 +1468,10 @@ class _PoolBackend(BaseTaskBackend):
                     return _unpack(packed).result()
                 except (ImportError, InvalidTask) as error:
                     raise TaskResultDoesNotExist(f"The task of {result_id!r} is gone: {error}") from error
-        pid = self.stats()["pid"]
+        elsewhere = f"and RESULTS_CACHE {alias!r} has none" if alias else "set RESULTS_CACHE to share them"
         raise TaskResultDoesNotExist(
-            f"No task result {result_id!r} of {self.alias!r} in process {pid}: results live in the memory of "
-            f"the process that enqueued, at most MAX_RESULTS, and in RESULTS_CACHE, here {alias}"
+            f"No task result {result_id!r} of {self.alias!r} in process {self.stats()['pid']}: results live in "
+            f"the memory of the process that enqueued, at most MAX_RESULTS; {elsewhere}"
         )
 
     async def aget_result(self, result_id: str) -> TaskResult[..., Any]:

@@ -3655,6 +3655,35 @@ def test_child_starts_by_the_method_with_nothing_of_its_parent(script, method, d
     assert said[-1] == "session lives 1", said
 
 
+BLOCKED_SIGNALS = """
+@task
+def kill(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+def enqueue_first():
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    say(finish(echo.enqueue("first")).return_value)
+
+if __name__ == "__main__":
+    first = threading.Thread(target=enqueue_first)
+    first.start()
+    first.join()
+    for task in (kill, kill):
+        say(finish(task.enqueue()).errors[0].traceback.splitlines()[-1])
+    say(finish(echo.enqueue("next")).return_value)
+"""
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+def test_signals_blocked_in_the_thread_that_enqueues_first_do_not_hide_the_end_of_a_child(script, method):
+    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1, "START_METHOD": method})
+    program.start(BLOCKED_SIGNALS)
+    first, *killed, last = [line for line in program.rest() if "DeprecationWarning" not in line]
+    assert (first, last, program.code) == ("first", "next", 0), program.seen
+    assert len(killed) == 2
+    assert all("was killed by SIGTERM" in line for line in killed)
+
+
 # --- Races ----------------------------------------------------------------------------------------
 
 
@@ -4787,6 +4816,21 @@ def test_a_failing_cache_is_logged_once_per_outage_and_harms_no_task(use, outage
         assert [backend.get_result(result.id) for result in results] == results
         assert logged() == number
         outage.unlink()
+
+
+def test_an_outage_of_the_cache_is_logged_once_whoever_meets_it(use, outage, caplog):
+    backend = use(RESULTS_CACHE="breakable", MAX_RESULTS=1)
+    finished(echo.enqueue())
+    shutil.rmtree(outage)
+    outage.touch()
+    in_threads(8, lambda: [echo.enqueue() for _ in range(20)])
+    with transaction.atomic():  # Whose commit finds results that have gone.
+        for _ in range(2):
+            echo.enqueue()
+            backend.join(TIMEOUT)
+    echo.enqueue()
+    backend.join(TIMEOUT)
+    assert len([record for record in caplog.records if record.name == "django_tasks_local"]) == 1
 
 
 @pytest.mark.parametrize(
