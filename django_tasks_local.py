@@ -404,9 +404,12 @@ def _describe(error: BaseException, func: Callable[..., Any] | None = None) -> t
         path = f"{type(error).__module__}.{type(error).__qualname__}".replace("__mp_main__", "__main__")
         text = _plain(str(error))
     try:
-        return path, "".join(traceback.format_exception(type(error), error, frames)), text
+        lines = traceback.format_exception(type(error), error, frames)
     except BaseException:
-        return path, "".join([*traceback.format_tb(frames), f"{path}: {text}\n"]), text
+        lines = [f"{path}: {text}\n"]
+        with contextlib.suppress(BaseException):  # The loader of its module may fail, too.
+            lines = [*traceback.format_tb(frames), *lines]
+    return path, "".join(lines), text
 
 
 class _Here(threading.local):
@@ -423,11 +426,12 @@ def _log(level: int, message: str, *args: Any) -> None:
         logger.log(level, message, *args, exc_info=level >= logging.ERROR)
 
 
-def _clean_connections() -> None:
+def _clean_connections(idle: bool = False) -> None:
     """Leave the next task no stale connection, no open transaction and no query log."""
     for connection in connections.all(initialized_only=True) if _here.connected else ():
         try:
             connection.queries_log.clear()
+            connection.errors_occurred |= idle  # Then it is looked whether it can still be used.
             connection.close_if_unusable_or_obsolete()
             if connection.in_atomic_block:
                 connection.close()
@@ -520,7 +524,7 @@ def _answer_run(reference: str, packed: Mapping[str, Any] | None, *known: Any) -
     """In a child: run a task; ``packed`` holds its whole record if the task asks for it."""
     record = _unpack(packed) if packed else _Record(_loaded[reference], *known)
     current_result_id.set(record.id)
-    _clean_connections()
+    _clean_connections(idle=True)
     try:
         return _call(record, " and pickleable")
     except BaseException as error:
@@ -691,14 +695,17 @@ class _Child:
 
     def __init__(self, start_method: str | None) -> None:
         """Start a process and wait until Django is set up in it."""
-        import multiprocessing
-
-        self.sent, self.begun = 0, multiprocessing.RawValue("L", 0)  # How many messages were sent, and came.
         self.loaded: set[str] = set()
         self.busy = True
         with _start_lock:
             if _exiting:
                 raise RuntimeError("The interpreter is exiting: no child process is started")
+            import multiprocessing  # Here, lest a fork leave the copy with a half of it.
+
+            self.sent, self.begun = (
+                0,
+                multiprocessing.RawValue("L", 0),
+            )  # How many messages were sent, and came.
             pipes = [multiprocessing.Pipe(duplex=False) for _ in range(3)]
             (requests, to_child), (from_child, answers), (alive, self.alive) = pipes
             self.peer = _Peer(from_child, to_child)
@@ -927,7 +934,7 @@ class _Pool:
             return
         try:
             worker.thread.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             _log(logging.WARNING, "No more workers could be started for %r: %s", self.alias, error)
             with self.lock:
                 worker.left.set()
@@ -1192,7 +1199,7 @@ class _Worker:
         """Run the task that was taken, and keep nothing of it."""
         context = contextvars.Context()
         context.run(current_result_id.set, self.record.id)
-        _clean_connections()
+        _clean_connections(idle=True)
         try:
             value = self.execute(context)
         except BaseException as error:
@@ -1470,8 +1477,8 @@ class _PoolBackend(BaseTaskBackend):
                     raise TaskResultDoesNotExist(f"The task of {result_id!r} is gone: {error}") from error
         elsewhere = f"and RESULTS_CACHE {alias!r} has none" if alias else "set RESULTS_CACHE to share them"
         raise TaskResultDoesNotExist(
-            f"No task result {result_id!r} of {self.alias!r} in process {self.stats()['pid']}: results live in "
-            f"the memory of the process that enqueued, at most MAX_RESULTS; {elsewhere}"
+            f"No task result {result_id!r} of {self.alias!r} in process {self.stats()['pid']}: results live "
+            f"in the memory of the process that enqueued, at most MAX_RESULTS; {elsewhere}"
         )
 
     async def aget_result(self, result_id: str) -> TaskResult[..., Any]:

@@ -88,8 +88,7 @@ def databases() -> dict[str, Any]:
             "NAME": given.get("dbname") or "postgres",
             "OPTIONS": {"application_name": f"tasks-{os.getpid()}"},
         }
-        kept = {"CONN_MAX_AGE": None, "CONN_HEALTH_CHECKS": True}
-        found["postgres_kept"] = {**found["postgres"], **kept}
+        found["postgres_kept"] = {**found["postgres"], "CONN_MAX_AGE": None}
     return found
 
 
@@ -1785,13 +1784,13 @@ def test_in_a_task_close_ends_the_workers_where_threads_inherit_the_context(use,
 
 
 @contextlib.contextmanager
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_threads(monkeypatch: pytest.MonkeyPatch, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Let no worker start."""
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
         if thread.name.startswith("tasks-"):
-            raise RuntimeError("can't start new thread")
+            raise error("can't start new thread")
         start(thread)
 
     with monkeypatch.context() as patch:
@@ -1825,14 +1824,15 @@ def test_enqueue_that_is_interrupted_loses_its_task_unless_it_runs(use, gate, mo
 
 
 @pytest.mark.parametrize("running", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
 def test_without_threads_tasks_go_to_the_workers_there_are_or_fail(
-    use, gate, signals, monkeypatch, caplog, running
+    use, gate, signals, monkeypatch, caplog, running, error
 ):
     backend = use(MAX_WORKERS=2)
     started = [wait_at.enqueue(gate.path, "done") for _ in range(running)]
     for result in started:
         await_signal(signals, "started", result.id)
-    with no_threads(monkeypatch):
+    with no_threads(monkeypatch, error):
         refused = echo.enqueue(1)
         late = echo.using(run_after=timezone.now() + timedelta(days=1)).enqueue()
         for result in () if running else (refused, late):
@@ -2772,6 +2772,37 @@ def test_copy_that_is_forked_while_a_backend_is_looked_up_can_enqueue(script):
     assert [line for line in said if line.startswith("copy")] == ["copy none 1"] * 2, said
 
 
+FORK_WHILE_IMPORTING = """
+import importlib.abc
+importing, forked = threading.Event(), threading.Event()
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *args):
+        if name == "multiprocessing.heap" and not importing.is_set():
+            importing.set()
+            forked.wait(0.5)  # A fork that waits for the end of the import lets it go on.
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Finder())
+    os.register_at_fork(after_in_parent=forked.set)
+    result = echo.enqueue("parent")
+    importing.wait()
+    if not os.fork():
+        copy = finish(echo.enqueue("copy"))
+        say(*copy.errors, copy.status == "SUCCESSFUL" and copy.return_value)
+        os._exit(0)
+    os.wait()
+    say(finish(result).return_value)
+"""
+
+
+def test_copy_that_is_forked_while_multiprocessing_is_imported_can_enqueue(script):
+    program = script(default={"kind": "ProcessPoolBackend", "MAX_WORKERS": 1})
+    program.start(FORK_WHILE_IMPORTING)
+    said = program.rest()  # From Python 3.12 on with a warning against forks.
+    assert {"copy", "parent"} <= {*said}, said
+
+
 @task
 def fork_and_return() -> int:
     pid = os.fork()
@@ -3233,6 +3264,26 @@ def test_exception_that_breaks_pickling_fails_the_task_alone(use):
         assert name in text.splitlines()[0]
         assert "raise BAD_ERRORS[name]()" in text
     assert finished(identify.enqueue()).return_value == first
+
+
+class UnreadableSource:
+    """The loader of a module whose source cannot be read any more."""
+
+    def get_source(self, name):
+        raise RuntimeError("unreadable")
+
+
+@task
+def fail_in_an_unreadable_module() -> None:
+    code = compile("1 / 0", "unreadable.py", "exec")
+    exec(code, {"__name__": "unreadable", "__loader__": UnreadableSource()})
+
+
+def test_error_in_a_module_whose_source_cannot_be_read_fails_the_task_alone(use):
+    use(MAX_WORKERS=1)
+    text = errors(finished(fail_in_an_unreadable_module.enqueue()))
+    assert text.endswith("ZeroDivisionError: division by zero\n")
+    assert finished(echo.enqueue(1)).return_value == [[1], {}]
 
 
 RECURSIVE: list[Any] = []
