@@ -702,10 +702,7 @@ class _Child:
                 raise RuntimeError("The interpreter is exiting: no child process is started")
             import multiprocessing  # Here, lest a fork leave the copy with a half of it.
 
-            self.sent, self.begun = (
-                0,
-                multiprocessing.RawValue("L", 0),
-            )  # How many messages were sent, and came.
+            self.sent, self.begun = 0, multiprocessing.RawValue("L", 0)  # Messages that were sent, and came.
             pipes = [multiprocessing.Pipe(duplex=False) for _ in range(3)]
             (requests, to_child), (from_child, answers), (alive, self.alive) = pipes
             self.peer = _Peer(from_child, to_child)
