@@ -2,56 +2,46 @@
 """Run the tasks of a Django site in threads or child processes of the web process.
 
 One file, to install or to copy. Its manual is the README.md beside the original.
+The way of a task::
 
-The way of a task, with the names of this file::
+    backend.enqueue() --> _Pool.submit() --> _Queue.put()
+          READY               |                  |
+                        _Pool.unfinished    _Queue.get()
+                              |                  v
+    backend.get_result() <-- a copy <------ _Pool.run() in a worker thread:
+                              |               prepare()  for processes: have a child
+          RUNNING             |               change()   tells task_started
+                              |               execute()  here, or in the child process
+          SUCCESSFUL, FAILED  |               finish()   tells task_finished
+                        _Pool.finished <----- settle()   wakes who waits for the result
 
-    backend.enqueue() ---> _Pool.submit() ---> _Queue.put()
-                               |                   |
-                        _Results.add()        _Queue.get()
-                               |                   v
-    backend.get_result() <-- _Results <----- _Pool.run() in a worker thread:
-          a copy             READY             prepare()  a child, for processes
-                             RUNNING           change(), tell() task_started
-                                               execute()  here, or in the child
-                             SUCCESSFUL        finish():  change(), tell()
-                             or FAILED         task_finished, settle()
-
-1. One ``_Pool`` for each alias serves all backend instances of it. To build a backend
+1. One ``_Pool`` for each alias serves all its backend instances. To build a backend
    starts nothing; the first task starts a thread.
-2. A result is Django's TaskResult. ``_Results`` changes its own, all others have copies.
-   *Finished* is SUCCESSFUL or FAILED. *Settled* is finished, with the receivers of
-   ``task_finished`` done: only then do those wake who wait for the result.
+2. A result is Django's TaskResult. The pool changes its own, all others have copies.
+   It is *finished* if SUCCESSFUL or FAILED, *settled* once the receivers have returned.
 3. A task that will not run is *abandoned*: FAILED, with the reason.
-4. Workers belong to a queue. ``close()``, other options and changed settings *close* it:
-   its workers leave once it is empty, and the next task opens another one.
+4. ``close()`` and a change of TASKS *close* the queue: its workers leave once it is
+   empty. The next task opens it for new workers, with the options of that time.
 5. Queue and results live in the parent for both backends. A child process is the tool
    of one worker: if it dies, that one task fails. Section 7 lists their messages.
 6. The exit of the process waits for the work, then abandons the rest: ``_shutdown``.
 
-Locks: ``_Pool.lock``, one for each alias, guards its results, queues and workers.
+Locks: ``_Pool.lock``, one for each alias, guards its results, queue and workers.
 ``_children_lock`` guards ``_children`` and keeps forks away from the start of a child.
-``_Parent.lock``, in a child, lets one thread at a time talk to the parent. Under none of
-them is another one taken, a signal sent or a task called. They are re-entrant: a signal
-handler or ``__del__`` may call a backend between any two lines.
+``_Parent.lock``, in a child, lets one thread at a time talk to the parent. Under none is
+another one taken, a signal sent or a task called. They are re-entrant: a signal handler
+or ``__del__`` may call a backend between any two lines.
 
 Private interfaces: ``threading._register_atexit`` (the exit has to wait before Python
 ends its executors), ``atexit._run_exitfuncs`` (children skip it before Python 3.13),
 ``multiprocessing.process._children`` (a forked copy must not join them) and Django's
-``TaskResult._return_value``.
-
-All of it is in memory: a killed process loses it. With threads only, skip section 7.
+``TaskResult._return_value``. All is in memory: a killed process loses it. With threads
+only, skip section 7.
 """
-
-from __future__ import annotations
 
 import asyncio
 import atexit
 import concurrent.futures.process  # Its exit hook has to be there before ours.
-import contextvars
-import functools
-import heapq
-import importlib
-import inspect
 import itertools
 import json
 import logging
@@ -67,9 +57,14 @@ import time
 import traceback
 import uuid
 from collections import OrderedDict
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from contextvars import Context, ContextVar
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
+from heapq import heappop, heappush
+from inspect import iscoroutinefunction, unwrap
 
 import asgiref.sync
 import django
@@ -77,8 +72,8 @@ from django.conf import settings
 from django.core.cache import caches
 from django.core.signals import setting_changed
 from django.db import connections, transaction
-from django.utils import timezone
 from django.utils.module_loading import import_string
+from django.utils.timezone import now
 
 if django.VERSION >= (6, 0):
     from django import tasks
@@ -107,7 +102,7 @@ __all__ = [
 ]
 __version__ = "2.0.0"
 logger = logging.getLogger("django_tasks_local")
-current_result_id = contextvars.ContextVar("current_result_id")
+current_result_id = ContextVar("current_result_id")
 """The id of the running task's result; ``LookupError`` where no task runs."""
 
 
@@ -116,39 +111,34 @@ class TaskQueueFull(exceptions.TaskException):
 
 
 # --- 1. Options: TASKS[alias], checked ------------------------------------------------
-
-
-def _is_count(value):
-    return type(value) is int and value > 0
-
-
-def _is_seconds(value):
-    return type(value) in (int, float) and 0 <= value <= 1_000_000
-
-
 def _is_shared_cache(value):
     backend = dict(settings.CACHES).get(value, {}).get("BACKEND", "DummyCache")
     return not backend.endswith(("LocMemCache", "DummyCache"))
 
 
-_START_METHODS = multiprocessing.get_all_start_methods()
-_START_METHODS = [name for name in ("forkserver", "spawn") if name in _START_METHODS]
+_START_METHODS = ["forkserver", "spawn"] if hasattr(os, "fork") else ["spawn"]
 _CACHE = "an alias of CACHES that processes share: no local-memory or dummy cache"
+_COUNT = ("a positive integer", lambda value: type(value) is int and value > 0)
+_SECONDS = ("seconds", lambda value: type(value) in (int, float) and 0 <= value <= 1e6)
 _OPTIONS = {
-    # name: (default, whether a value is right, what is right)
-    "MAX_WORKERS": (10, _is_count, "a positive integer"),
-    "MAX_RESULTS": (1000, _is_count, "a positive integer"),
-    "MAX_PENDING": (None, _is_count, "None or a positive integer"),
-    "SHUTDOWN_TIMEOUT": (None, _is_seconds, "None or seconds, 0 to 1e6"),
-    "RESULTS_CACHE": (None, _is_shared_cache, f"None or {_CACHE}"),
+    # name: (default, what else is right, whether a value is that)
+    "MAX_WORKERS": (10, *_COUNT),
+    "MAX_RESULTS": (1000, *_COUNT),
+    "MAX_PENDING": (None, *_COUNT),
+    "SHUTDOWN_TIMEOUT": (None, *_SECONDS),
+    "RESULTS_CACHE": (None, _CACHE, _is_shared_cache),
 }
 _PROCESS_OPTIONS = {
-    "TASK_TIMEOUT": (None, lambda v: _is_seconds(v) and v, "None or seconds up to 1e6"),
-    "MAX_TASKS_PER_CHILD": (None, _is_count, "None or a positive integer"),
-    "START_METHOD": (None, _START_METHODS.count, f"None or one of {_START_METHODS}"),
-    "INITIALIZER": (None, lambda v: "." in str(v), "None or a dotted path"),
+    "TASK_TIMEOUT": (
+        None,
+        "seconds, not 0",
+        lambda value: value and _SECONDS[1](value),
+    ),
+    "MAX_TASKS_PER_CHILD": (None, *_COUNT),
+    "START_METHOD": (None, f"one of {_START_METHODS}", _START_METHODS.count),
+    "INITIALIZER": (None, "a dotted path", lambda value: "." in str(value)),
 }
-_UNKNOWN = ("", ().count, "left out (perhaps it stands beside, such as QUEUES)")
+_UNKNOWN = ("", "left out (perhaps it stands beside, such as QUEUES)", ().count)
 
 
 def _read_options(alias, params, allowed):
@@ -159,39 +149,26 @@ def _read_options(alias, params, allowed):
     for name in params.keys() & (_OPTIONS | _PROCESS_OPTIONS):
         raise InvalidBackend(f"{name!r} (got {params[name]!r}) belongs in {place}")
     for name, value in given.items():
-        default, is_right, right = allowed.get(name, _UNKNOWN)
+        default, right, is_right = allowed.get(name, _UNKNOWN)
         if not is_right(value) and not value is default is None:
             raise InvalidBackend(
-                f"{place}: {name!r} must be {right}, got {value!r}. Options of this "
-                f"backend are {', '.join(allowed)}"
+                f"{place}: {name!r} must be {right}, got {value!r}. "
+                f"The options are {', '.join(allowed)}"
             )
     return {name: default for name, (default, _, _) in allowed.items()} | given
 
 
-def _database(place, value):
-    """Return the alias of the database whose commit enqueues, or None."""
-    database = "default" if value is True else value
-    if value is False or (type(database) is str and database in connections.settings):
-        return database or None
-    right = "False, True or an alias of DATABASES"
-    raise InvalidBackend(f"{place} must be {right}, got {value!r}")
-
-
 # --- 2. The backends ------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalTask(Task):
-    """Django's Task; its ``run_after`` may be a timedelta, counted from now.
-
-    ``enqueue_on_commit`` overrides ``ENQUEUE_ON_COMMIT`` for the task.
-    """
+    """A Task whose ``run_after`` may be a timedelta, and that may override
+    ``ENQUEUE_ON_COMMIT``."""
 
     enqueue_on_commit: bool | str | None = None
 
     def __post_init__(self):
         if isinstance(self.run_after, timedelta):
-            _change(self, run_after=timezone.now() + self.run_after)
+            _change(self, run_after=now() + self.run_after)
         Task.__post_init__(self)
 
 
@@ -208,8 +185,11 @@ class _PoolBackend(BaseTaskBackend):
         """Check ``params``, which is ``TASKS[alias]``. Raise InvalidTaskBackend."""
         super().__init__(alias, params)
         self.options = _read_options(alias, params, self.allowed_options)
-        place = f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT']"
-        self.on_commit = _database(place, params.get("ENQUEUE_ON_COMMIT", False))
+        self.on_commit = params.get("ENQUEUE_ON_COMMIT", False)
+        if self.on_commit not in (False, True, *connections.settings):
+            place = f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT']"
+            right = f"False, True or an alias of DATABASES, got {self.on_commit!r}"
+            raise InvalidBackend(f"{place} must be {right}")
 
     def enqueue(self, task, args=(), kwargs=None):
         """Queue a Task with its arguments; return its TaskResult, READY.
@@ -218,25 +198,26 @@ class _PoolBackend(BaseTaskBackend):
         ValueError; TaskQueueFull; RuntimeError at exit, or if no thread can be started.
         """
         self.validate_task(task)
-        kind, path = self.argument_error, task.module_path
-        args = [_json(value, kind, path, name) for name, value in enumerate(args, 1)]
-        kwargs = {k: _json(value, kind, path, k) for k, value in (kwargs or {}).items()}
+        kwargs, path = kwargs or {}, task.module_path
+        for name, value in [*enumerate(args, 1), *kwargs.items()]:
+            _json(value, self.argument_error, path, name)
         result = TaskResult(
             **{"task": task, "args": args, "kwargs": kwargs, "backend": self.alias},
             **{"id": _new_id(), "status": Status.READY, "errors": [], "worker_ids": []},
             **dict.fromkeys(_TIMES),
         )
-        database, own = self.on_commit, getattr(task, "enqueue_on_commit", None)
-        if own is not None:
-            database = _database(f"enqueue_on_commit of {path}", own)
-        if database and transaction.get_connection(database).in_atomic_block:
+        on_commit = getattr(task, "enqueue_on_commit", None)
+        if on_commit is None:
+            on_commit = self.on_commit
+        using = on_commit if isinstance(on_commit, str) else None  # The default one.
+        if on_commit and transaction.get_connection(using).in_atomic_block:
             mine = _copy(result)
-            transaction.on_commit(functools.partial(self._submit, result), database)
+            transaction.on_commit(partial(self._submit, result), using)
             return mine
         return self._submit(result)
 
     def _submit(self, result):
-        _change(result, enqueued_at=timezone.now())
+        _change(result, enqueued_at=now())
         if _parent:
             return _parent.ask("enqueue", self.alias, _pack(result))
         return _pool(self.alias).submit(self, result)
@@ -246,7 +227,7 @@ class _PoolBackend(BaseTaskBackend):
         result_id, cache = str(result_id), self.options["RESULTS_CACHE"]
         if _parent:
             return _parent.ask("get_result", self.alias, result_id)
-        result = _pool(self.alias).results.get(result_id)
+        result = _pool(self.alias).get(result_id)
         if not result and cache:
             result = _read_cache(cache, self.alias, result_id)
         if not result:
@@ -258,11 +239,9 @@ class _PoolBackend(BaseTaskBackend):
         return result
 
     def wait_result(self, result_id, timeout=None):
-        """Return the TaskResult once it is finished.
-
-        Raise TimeoutError after ``timeout`` seconds; TaskResultDoesNotExist, also where
-        another process has the task; RuntimeError in a task of the same alias.
-        """
+        """Return the TaskResult once it is finished. Raise TimeoutError after seconds;
+        TaskResultDoesNotExist, also if another process has the task; RuntimeError in a
+        task of the same alias."""
         with _pool(self.alias).expect(str(result_id)) as future:
             result = future.result(timeout)
         return self._finished(result or self.get_result(result_id))
@@ -280,10 +259,8 @@ class _PoolBackend(BaseTaskBackend):
         raise DoesNotExist(f"{result.id!r} is {result.status}, but in another process")
 
     def join(self, timeout=None):
-        """Wait until nothing is pending or running; deferred tasks do not count.
-
-        Raise TimeoutError after ``timeout`` seconds; RuntimeError in a task of it.
-        """
+        """Wait until no task is pending or running; deferred ones do not count. Raise
+        TimeoutError after seconds; RuntimeError in a task of the same alias."""
         _pool(self.alias).join(timeout)
 
     def stats(self):
@@ -291,14 +268,14 @@ class _PoolBackend(BaseTaskBackend):
         return _pool(self.alias).stats()
 
     def close(self):
-        """Finish what is pending, abandon what is deferred, end the workers.
-
-        In a task it returns at once. To enqueue afterwards starts afresh.
-        """
-        pool = _pool(self.alias)
-        pool.close("the pool was closed")
+        """Finish what is pending, abandon what is deferred, end the workers. In a task
+        return at once. To enqueue afterwards starts afresh."""
+        queue = _pool(self.alias).queue
+        options = queue.options
+        queue.pool.close("the pool was closed")
         if current_result_id.get(None) is None:
-            pool.queue.join_workers()
+            while workers := queue.hired(options):
+                workers[0].join()
 
 
 class ThreadPoolBackend(_PoolBackend):
@@ -328,28 +305,27 @@ _NOT_FOUND = (
 )
 
 
-@functools.lru_cache(maxsize=1024)
 def _check_path(func, path):
     """Raise InvalidTask if the path of a task does not lead back to its function."""
     with suppress(ImportError, AttributeError):
-        is_typed = inspect.unwrap(func).__code__.co_filename.startswith("<")
+        is_typed = unwrap(func).__code__.co_filename.startswith("<")
         if import_string(path).func is func and not is_typed:
             return
     raise InvalidTask(_NOT_FOUND.format(path))
 
 
 # --- 3. The pool of an alias ----------------------------------------------------------
-
-
 class _Pool:
-    """All that the backend instances of one alias share."""
+    """The results of an alias and its queue, for all its backend instances."""
 
     def __init__(self, alias):
         self.alias = alias
         self.lock = threading.RLock()
         self.idle = threading.Condition(self.lock)  # Who joins waits for it.
-        self.results = _Results(self.lock)
         self.queue = _Queue(self)
+        self.unfinished = {}  # Results by id, until they are settled.
+        self.finished = OrderedDict()  # The least recently used result first.
+        self.waiting = {}  # By the id of a result the set of Futures for it.
         self.cache_failed = False
 
     def submit(self, backend, result):
@@ -357,17 +333,16 @@ class _Pool:
         mine, task, limit = _copy(result), result.task, backend.options["MAX_PENDING"]
         with self.lock:
             self.queue.open(backend)
-            pending = len(self.results.unfinished) - len(self.queue.taken)
-            if limit and pending >= limit:
-                text = f"{self.alias!r} has {limit} tasks pending (MAX_PENDING)"
-                raise TaskQueueFull(f"{text}, {task.module_path} was refused")
-            self.results.unfinished[result.id] = result
+            if limit and len(self.unfinished) - len(self.queue.taken) >= limit:
+                raise TaskQueueFull(f"{self.alias!r} has {limit} tasks pending already")
+            self.unfinished[result.id] = result
         try:
             signals.task_enqueued.send(type(backend), task_result=mine)
             self.publish(result)
             with self.lock:
                 self.queue.open(backend)
-                self.queue.put(result, task.priority, _timestamp(task.run_after))
+                due = task.run_after.timestamp() if task.run_after else 0
+                self.queue.put(result, task.priority, due)
         except BaseException:
             self.settle(result)
             raise
@@ -376,50 +351,37 @@ class _Pool:
     def run(self, result, worker):
         """In a worker: run a task, come what may, and keep what came of it."""
         current_result_id.set(result.id)
-        finished = False
         try:
-            values, now = {"worker_ids": [worker.prepare()]}, timezone.now()
-            values |= {"started_at": now, "last_attempted_at": now}
-            if self.results.change(result, status=Status.RUNNING, **values):
-                self.tell(signals.task_started, result)
-                finished = self.finish(result, worker.execute(result))
+            values = {"worker_ids": [worker.prepare()], "status": Status.RUNNING}
+            values["started_at"] = values["last_attempted_at"] = now()
+            if self.change(result, signals.task_started, **values):
+                self.finish(result, worker.execute(result))
         except BaseException as error:
-            finished = self.finish(result, error=error)
+            self.finish(result, error=error)
         _clean_connections()
-        if finished:
-            self.settle(result)
-        self.queue.taken.pop(result.id, None)  # If it was given up before it started.
+        self.settle(result)
 
     def finish(self, result, value=None, error=None):
-        """Finish a result, and return True. False: somebody was faster."""
-        status = Status.FAILED if error else Status.SUCCESSFUL
-        values = {"_return_value": value, "finished_at": timezone.now()}
-        values["errors"] = [_task_error(error)] if error else []
-        first = self.results.change(result, status=status, **values)
-        if first:
-            self.tell(signals.task_finished, result)
-        return first
+        values = {"_return_value": value, "finished_at": now(), "errors": []}
+        values["status"] = Status.SUCCESSFUL
+        if error is not None:
+            values |= {"status": Status.FAILED, "errors": [_task_error(error)]}
+        self.change(result, signals.task_finished, **values)
 
-    def settle(self, result):
-        """Let go of a result: keep it if it is finished, else forget it."""
-        kept = result if result.is_finished else None
+    def change(self, result, event, **values):
+        """Change a result and let others know. False: it is finished or forgotten."""
         with _politely(self.lock):
-            futures = self.results.settle(result, self.queue.options["MAX_RESULTS"])
-            self.queue.taken.pop(result.id, None)
-            if not self.queue.count_busy():
-                self.idle.notify_all()
-        for future in futures:
-            future.set_result(kept)
-
-    def tell(self, event, result):
-        """Let others know of a change. Nothing that they raise may end a worker."""
+            if result.is_finished or result.id not in self.unfinished:
+                return False
+            _change(result, **values)
         try:
             self.publish(result)
             _politely(event.lock)
             event.send_robust(self.queue.backend_class, task_result=_copy(result))
-        except BaseException:
+        except BaseException:  # Nothing that others raise may end a worker.
             with suppress(BaseException):
                 logger.exception("A receiver raised for task result %s", result.id)
+        return True
 
     def publish(self, result):
         """Write a result to RESULTS_CACHE, if there is one."""
@@ -427,39 +389,74 @@ class _Pool:
         try:
             if cache:
                 _write_cache(cache, result)
-                self.cache_failed = False
-        except Exception:
-            said, self.cache_failed = self.cache_failed, True
-            if not said:
-                logger.exception("RESULTS_CACHE %r fails; said once", cache)
+            self.cache_failed = False
+        except Exception as error:
+            if not self.cache_failed:
+                logger.error("RESULTS_CACHE %r fails; said once: %r", cache, error)
+            self.cache_failed = True
 
-    def expect(self, result_id):
-        self.check_may_wait()
-        return self.results.expect(result_id)
+    def settle(self, result):
+        """Keep a finished result, forget another one, and wake who waits for it."""
+        finished = result if result.is_finished else None
+        with _politely(self.lock):
+            self.queue.taken.pop(result.id, None)
+            self.unfinished.pop(result.id, None)
+            if finished:
+                self.finished[result.id] = result
+            while len(self.finished) > self.queue.options["MAX_RESULTS"]:
+                self.finished.popitem(last=False)
+            if not self.queue.count_busy():
+                self.idle.notify_all()
+            futures = self.waiting.pop(result.id, ())
+        for future in futures:
+            future.set_result(finished)
 
-    def join(self, timeout):
-        self.check_may_wait()
+    def get(self, result_id):
+        """Return a copy of a result, or None."""
         with self.lock:
-            if not self.idle.wait_for(lambda: not self.queue.count_busy(), timeout):
-                raise TimeoutError(f"{self.alias!r} has tasks pending or running")
+            if result_id in self.finished:
+                self.finished.move_to_end(result_id)
+            result = self.unfinished.get(result_id) or self.finished.get(result_id)
+            return result and _copy(result)
 
-    def check_may_wait(self):
-        """Refuse a wait that could last for ever: it holds a worker, or the exit."""
-        if _exiting or current_result_id.get(None) in self.results.unfinished:
+    @contextmanager
+    def expect(self, result_id):
+        """Yield a Future of the finished result; of None if none is to be waited for."""
+        if _exiting or current_result_id.get(None) in self.unfinished:
             raise RuntimeError(
                 f"A task of {self.alias!r} must not wait for others of it, nor may the "
                 "exit: have it enqueue a task that goes on, or give it another alias"
             )
+        future = Future()
+        future.set_running_or_notify_cancel()  # Nobody may cancel it.
+        with self.lock:
+            if result_id in self.unfinished:
+                self.waiting.setdefault(result_id, set()).add(future)
+            else:
+                future.set_result(None)
+        try:
+            yield future
+        except (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError):
+            what = f"{result_id or 'Some task'} of {self.alias!r}"  # They are one from
+            raise TimeoutError(f"{what} is not finished") from None  # Python 3.11 on.
+        finally:
+            with self.lock:
+                self.waiting.get(result_id, set()).discard(future)
+
+    def join(self, timeout):
+        with self.expect(None), self.lock:
+            if not self.idle.wait_for(lambda: not self.queue.count_busy(), timeout):
+                raise TimeoutError
 
     def stats(self):
+        queue = self.queue
         with self.lock:
-            pending = self.queue.count_busy() - len(self.queue.taken)
             return {
-                "pending": pending,
-                "deferred": len(self.queue.deferred),
-                "running": len(self.queue.taken),
-                "finished": len(self.results.finished),
-                "workers": len(self.queue.threads),
+                "pending": queue.count_busy() - len(queue.taken),
+                "deferred": len(queue.deferred),
+                "running": len(queue.taken),
+                "finished": len(self.finished),
+                "workers": len(queue.workers),
                 "pid": os.getpid(),
             }
 
@@ -467,7 +464,7 @@ class _Pool:
         """Close the queue; abandon what is deferred in it, or everything."""
         lost = self.queue.close()
         if everything:
-            lost = list(self.results.unfinished.values())
+            lost = list(self.unfinished.values())
         if lost:
             ids = ", ".join(result.id for result in lost)
             logger.warning("%s tasks are FAILED, as %s: %s", len(lost), why, ids)
@@ -475,73 +472,73 @@ class _Pool:
             try:
                 raise RuntimeError(f"The task was abandoned: {why}")
             except RuntimeError as error:  # Django logs what is being handled.
-                if self.finish(result, error=error):
-                    self.settle(result)
+                self.finish(result, error=error)
+            self.settle(result)
 
 
 # --- 4. Queue and thread worker -------------------------------------------------------
-
-
 class _Queue:
-    """What is to be done, by priority and age, and threads for it; guarded by a lock.
+    """What is to be done, by priority and age, and threads for it. The pool locks it.
 
-    Its workers are for one backend class and its options. After others have opened the
-    queue, or once it is closed and empty, they leave.
+    Each worker is for one backend class and its options. It leaves once others have
+    opened the queue, or once the queue is closed and empty.
     """
 
     ages = itertools.count()
 
     def __init__(self, pool):
-        self.pool, self.lock = pool, pool.lock
-        self.changed = threading.Condition(self.lock)  # Free workers wait for it.
+        self.pool = pool
+        self.changed = threading.Condition(pool.lock)  # Free workers wait for it.
         self.ready = []  # A heap of (-priority, age, result).
         self.deferred = []  # A heap of (due time, -priority, age, result).
         self.taken = {}  # The results that workers have, by id, until they are settled.
-        self.threads = set()
-        self.serves, self.closed = (None, None), True
-
-    backend_class = property(lambda self: self.serves[0])
-    options = property(lambda self: self.serves[1])
+        self.workers = set()
+        self.backend_class, self.options, self.closed = None, None, True
 
     def open(self, backend):
         """Have workers for this backend, once tasks come."""
         if _exiting:
             raise RuntimeError(f"The process exits, {backend.alias!r} takes no tasks")
-        if self.closed or self.serves != (type(backend), backend.options):
-            self.serves, self.closed = (type(backend), backend.options), False
+        wanted = (type(backend), backend.options)
+        if self.closed or (self.backend_class, self.options) != wanted:
+            self.backend_class, self.options = type(backend), {**backend.options}
+            self.closed = False
             self.changed.notify_all()
+
+    def hired(self, options):
+        """Return the workers for these very options."""
+        return [worker for worker in list(self.workers) if worker.options is options]
 
     def put(self, result, priority, due):
         """Queue a result that is due at a time in seconds since the epoch."""
         self.hire(1)
         entry = (-priority, next(self.ages), result)
         if due > time.time():
-            heapq.heappush(self.deferred, (due, *entry))
+            heappush(self.deferred, (due, *entry))
             self.changed.notify_all()  # They may have to wait for less long.
         else:
-            heapq.heappush(self.ready, entry)
+            heappush(self.ready, entry)
             self.changed.notify()
 
     def hire(self, more=0):
         """Start a worker if more is to do than workers are free."""
         wanted = len(self.ready) + bool(self.deferred) + more
-        hired = [thread for thread in self.threads if thread.serves is self.serves]
-        free = len(hired) - len(self.taken)
-        if wanted > free and len(hired) < self.options["MAX_WORKERS"]:
+        hired = len(self.hired(self.options))
+        if wanted > hired - len(self.taken) and hired < self.options["MAX_WORKERS"]:
             worker = self.backend_class.worker_class(self)
             try:
                 worker.start()
-                self.threads.add(worker)
+                self.workers.add(worker)
             except (RuntimeError, MemoryError):
                 if not hired:  # Else those who are there must do.
                     raise
 
     def get(self, worker):
         """Wait for a result and take it. None: the worker has to leave."""
-        with _politely(self.lock):
-            while worker.serves is self.serves:
+        with _politely(self.pool.lock):
+            while worker.options is self.options:
                 if self.promote():
-                    result = heapq.heappop(self.ready)[-1]
+                    result = heappop(self.ready)[-1]
                     self.taken[result.id] = result
                     self.hire()
                     return result
@@ -550,40 +547,28 @@ class _Queue:
                 # The clock may be set, so nobody waits for longer than a minute.
                 left = self.deferred[0][0] - time.time() if self.deferred else None
                 self.changed.wait(left and min(left, _CLOCK_INTERVAL))
-            self.threads.discard(worker)
 
     def promote(self):
         """Make ready what is due; return how much is ready."""
         while self.deferred and self.deferred[0][0] <= time.time():
-            heapq.heappush(self.ready, heapq.heappop(self.deferred)[1:])
+            heappush(self.ready, heappop(self.deferred)[1:])
         return len(self.ready)
 
     def count_busy(self):
         """Return how many results are ready or taken."""
-        with self.lock:
+        with self.pool.lock:
             return self.promote() + len(self.taken)
 
     def close(self):
         """Have the workers leave once nothing is ready; return what is deferred."""
-        with self.lock:
+        with self.pool.lock:
             self.promote()
             deferred, self.deferred, self.closed = self.deferred, [], True
             self.changed.notify_all()
         return [entry[-1] for entry in deferred]
 
-    def join_workers(self):
-        while threads := list(self.threads):
-            threads[0].join()
-
 
 _CLOCK_INTERVAL = 60  # Seconds.
-
-
-def _timestamp(run_after):
-    """Return seconds since the epoch; ``timestamp()`` fails at the calendar's ends."""
-    if run_after is None or run_after.year < 1971:
-        return 0.0
-    return float("inf") if run_after.year > 9000 else run_after.timestamp()
 
 
 class _ThreadWorker(threading.Thread):
@@ -591,16 +576,19 @@ class _ThreadWorker(threading.Thread):
 
     def __init__(self, queue):
         super().__init__(name=f"tasks-{queue.pool.alias}", daemon=True)
-        self.queue, self.serves = queue, queue.serves
+        self.queue, self.options = queue, queue.options
 
     def run(self):
         if hasattr(signal, "pthread_sigmask"):  # Threads of some servers block all.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        base = _base_context()
-        while result := self.queue.get(self):
-            base.copy().run(self.queue.pool.run, result, self)
-            self.tidy()
-        self.stop()
+        try:
+            base = _base_context()
+            while result := self.queue.get(self):
+                base.copy().run(self.queue.pool.run, result, self)
+                self.tidy(last=False)
+            self.tidy(last=True)
+        finally:
+            self.queue.workers.discard(self)
 
     def prepare(self):
         """Get ready for a task; return the id of the worker."""
@@ -611,19 +599,17 @@ class _ThreadWorker(threading.Thread):
         context = result.task.takes_context and _copy(result)
         return _call(result.task, _own(result.args), _own(result.kwargs), context)
 
-    def tidy(self):
-        """Make order after a task."""
-
-    def stop(self):
-        connections.close_all()
+    def tidy(self, last):
+        """Make order after a task, or after the last one."""
+        if last:
+            connections.close_all()
 
 
 def _politely(lock):
     """Return a lock for ``with`` when it is most likely free. For workers only.
 
-    A thread that queues for a lock is given it before it has the GIL, and meanwhile the
-    next thread has to queue: from then on each use of the lock costs two switches of
-    threads, 30 % of the throughput. So a worker waits outside and gives up the GIL.
+    Who queues for a lock is given it before the GIL, so the next one has to queue, too:
+    from then on each use costs two switches of threads, 30 % of the throughput.
     """
     for _ in range(50):
         if lock.acquire(False):
@@ -634,66 +620,6 @@ def _politely(lock):
 
 
 # --- 5. Results -----------------------------------------------------------------------
-
-
-class _Results:
-    """All unfinished results, and the finished ones that were used last, by id."""
-
-    def __init__(self, lock):
-        self.lock = lock
-        self.unfinished = {}  # Until they are settled.
-        self.finished = OrderedDict()  # The least recently used first.
-        self.waiting = {}  # By id the set of Futures that it has to keep.
-
-    def get(self, result_id):
-        """Return a copy of a result, or None."""
-        with self.lock:
-            if result_id in self.finished:
-                self.finished.move_to_end(result_id)
-            result = self.unfinished.get(result_id) or self.finished.get(result_id)
-            return result and _copy(result)
-
-    def change(self, result, **values):
-        """Change a result. False: it is finished or forgotten already."""
-        with _politely(self.lock):
-            changes = result.id in self.unfinished and not result.is_finished
-            if changes:
-                _change(result, **values)
-            return changes
-
-    def settle(self, result, limit):
-        """Keep a finished result, forget another one; return who waits for it."""
-        with self.lock:
-            self.unfinished.pop(result.id, None)
-            if result.is_finished:
-                self.finished[result.id] = result
-            while len(self.finished) > limit:
-                self.finished.popitem(last=False)
-            return self.waiting.pop(result.id, ())
-
-    @contextmanager
-    def expect(self, result_id):
-        """Yield a Future of the finished result; of None if there is none to wait for.
-
-        Raise TimeoutError where the wait does.
-        """
-        future = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()  # Nobody may cancel it.
-        with self.lock:
-            if result_id in self.unfinished:
-                self.waiting.setdefault(result_id, set()).add(future)
-            else:
-                future.set_result(None)
-        try:
-            yield future
-        except (concurrent.futures.TimeoutError, asyncio.TimeoutError):  # Of 3.10.
-            raise TimeoutError(f"Task result {result_id} is not finished") from None
-        finally:
-            with self.lock:
-                self.waiting.get(result_id, set()).discard(future)
-
-
-_FIELDS = [field.name for field in fields(TaskResult)]
 _TIMES = ("enqueued_at", "started_at", "last_attempted_at", "finished_at")
 _ids = []
 
@@ -715,12 +641,15 @@ def _change(frozen, **values):
         object.__setattr__(frozen, name, value)
 
 
+def _new_result(values):
+    result = object.__new__(TaskResult)  # Its constructor would convert them again.
+    _change(result, **values)
+    return result
+
+
 def _copy(result):
     """Return a TaskResult that shares nothing that can be changed."""
-    copy = object.__new__(TaskResult)
-    for name in _FIELDS:
-        object.__setattr__(copy, name, _own(getattr(result, name)))
-    return copy
+    return _new_result(_own(_values(result)))
 
 
 def _own(value):
@@ -737,9 +666,8 @@ def _json(value, kind, path, name):
         return normalize_json(value)
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else kind
-        what = f"{type(value).__module__}.{type(value).__qualname__}"
         raise kind(
-            f"{name!r} of task {path} is a {what}, which is not JSON (and so perhaps not "
+            f"{name!r} of task {path} is {type(value)}, which is not JSON (and so perhaps not "
             f"pickleable): {error}. Right are None, bool, int, float, str, UTF-8 bytes, "
             "lists and dicts of these; of a model instance pass the primary key"
         ) from None
@@ -751,33 +679,34 @@ def _values(frozen):
 
 def _pack(result):
     """Return a TaskResult as plain data and datetimes, as it leaves this process."""
-    packed, task = _values(result), _values(result.task).items()
+    packed, task = _values(result), _values(result.task)
+    packed |= {"path": result.task.module_path, "run_after": task["run_after"]}
     packed["errors"] = [(e.exception_class_path, e.traceback) for e in result.errors]
-    packed["task"] = {
-        k: v for k, v in task if isinstance(v, (str, int, float, datetime))
-    }
-    return packed | {"path": result.task.module_path}
+    plain = (str, int, float)
+    packed["task"] = {k: value for k, value in task.items() if isinstance(value, plain)}
+    return packed
 
 
 def _unpack(packed):
     """Return the TaskResult that was packed. Import the module of its task."""
-    values, task = dict(packed), dict(packed["task"])
-    for place, name in [*((values, name) for name in _TIMES), (task, "run_after")]:
-        if isinstance(place.get(name), str):  # It has come as JSON text.
-            place[name] = datetime.fromisoformat(place[name])
-    values["task"] = replace(import_string(values.pop("path")), **task)
+    values = dict(packed)
+    for name in (*_TIMES, "run_after"):
+        if isinstance(values[name], str):  # It has come as JSON text.
+            values[name] = datetime.fromisoformat(values[name])
+    changed = values["task"] | {"run_after": values.pop("run_after")}
+    values["task"] = replace(import_string(values.pop("path")), **changed)
     values["status"] = Status(values["status"])
-    values["errors"] = [_new_error(*error) for error in values["errors"]]
-    result = object.__new__(TaskResult)
-    _change(result, **values)
-    return result
+    values["errors"] = [
+        TaskError(exception_class_path=path, traceback=text)
+        for path, text in values["errors"]
+    ]
+    return _new_result(values)
 
 
-def _new_error(path, text):
-    return TaskError(exception_class_path=path, traceback=text)
+# RESULTS_CACHE holds JSON text: [host, namespace of process ids, pid, packed result].
 
-
-# RESULTS_CACHE holds JSON text: [[host, namespace of process ids], pid, packed result].
+_NAMESPACE = "/proc/self/ns/pid"  # On Linux.
+_HOST = [socket.gethostname(), os.path.exists(_NAMESPACE) and os.readlink(_NAMESPACE)]
 
 
 def _cache_key(alias, result_id):
@@ -785,14 +714,8 @@ def _cache_key(alias, result_id):
     return str(uuid.uuid5(uuid.NAMESPACE_OID, repr((alias, result_id))))
 
 
-def _host():
-    """Return what has process ids of its own, or None where that is not known."""
-    with suppress(OSError):
-        return [socket.gethostname(), os.readlink("/proc/self/ns/pid")]
-
-
 def _write_cache(cache, result):
-    content = [_host(), os.getpid(), _pack(result)]
+    content = [*_HOST, os.getpid(), _pack(result)]
     text = json.dumps(content, default=datetime.isoformat)
     caches[cache].set(_cache_key(result.backend, result.id), text)
 
@@ -802,26 +725,23 @@ def _read_cache(cache, alias, result_id):
     text = caches[cache].get(_cache_key(alias, result_id))
     if text is None:
         return None
-    host, pid, packed = json.loads(text)
+    *host, pid, packed = json.loads(text)
     try:
         result = _unpack(packed)
     except Exception as error:  # The module is gone, or the task has changed.
         raise DoesNotExist(f"The task of {result_id!r} is gone: {error}") from error
-    is_gone = host and host == _host() and not os.path.exists(f"/proc/{pid}")
+    is_gone = host == _HOST and host[1] and not os.path.exists(f"/proc/{pid}")
     if is_gone and not result.is_finished:
         error = _task_error(RuntimeError(f"Process {pid} ended before the task did"))
-        values = {"status": Status.FAILED, "finished_at": timezone.now()}
-        _change(result, errors=[error], **values)
+        _change(result, status=Status.FAILED, errors=[error], finished_at=now())
         _write_cache(cache, result)
     return result
 
 
 # --- 6. Running a task ----------------------------------------------------------------
-
-
 def _base_context():
     """Return a context with nothing in it but this worker's cache objects."""
-    context = contextvars.Context()
+    context = Context()
     for alias in settings.CACHES:
         with suppress(Exception):  # It is told who uses that cache.
             context.run(caches.__getitem__, alias)
@@ -842,8 +762,8 @@ async def _await(function, *args, **kwargs):
 def _call(task, args, kwargs, result):
     """Call a task, in an event loop of its own if it is a coroutine function."""
     function = task.func
-    if inspect.iscoroutinefunction(function):
-        function = asgiref.sync.async_to_sync(functools.partial(_await, function))
+    if iscoroutinefunction(function):
+        function = asgiref.sync.async_to_sync(partial(_await, function))
     if task.takes_context:
         args = [tasks.TaskContext(task_result=result), *args]
     value = function(*args, **kwargs)
@@ -878,20 +798,20 @@ def _task_error(error):
     kind, text = type(error), ""
     path = f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
     with suppress(BaseException):  # Of the exception's own code, or a loader's.
-        if type(error.__cause__) is _RemoteTraceback:
-            return _new_error(error.__cause__.path, str(error.__cause__))
-        frames = error.__traceback__
+        cause, frames = error.__cause__, error.__traceback__
         while frames and frames.tb_frame.f_code.co_filename in _CALLERS:
             frames = frames.tb_next
         text = "".join(traceback.format_exception(kind, error, frames))
-    return _new_error(path, text or f"{path}\n")
+        if type(cause) is _RemoteTraceback:
+            path, text = cause.path, str(cause)
+    return TaskError(exception_class_path=path, traceback=text or f"{path}\n")
 
 
 # --- 7. Child processes ---------------------------------------------------------------
 
 # The messages, by turns to the child, to the parent, to the parent, to the child:
 #
-#   "run", id, path, args, kwargs, packed result or None    run a task
+#   "run", id, path, args, kwargs, packed result or False   run a task
 #   "done", value   or   "failed", packed error             the answer: so it did
 #   "enqueue", alias, packed result                         while it runs: do this
 #   "get_result", alias, id                                 or this
@@ -933,46 +853,16 @@ def _take(kind, content):
 
 
 class _ProcessWorker(_ThreadWorker):
-    """Has a child process run the tasks."""
-
-    child = None
+    """Has a child process of its own run the tasks."""
 
     def prepare(self):
-        child = self.child
-        if child in _children and (child.outdated or child.databases != _databases()):
-            child.end(_PATIENCE)
-        if child not in _children:
-            self.child = child = _Child(self.queue.options)
-        return f"process-{child.process.pid}"
+        if self in _children and (self.outdated or self.databases != _databases()):
+            self.end_child(_PATIENCE)
+        if self not in _children:
+            self.start_child()
+        return f"process-{self.process.pid}"
 
-    def execute(self, result):
-        task, packed = result.task, None
-        if task.takes_context:
-            packed = _pack(result)
-        run = ("run", result.id, task.module_path, result.args, result.kwargs, packed)
-        try:
-            self.child.pipe.send(run)
-        except OSError:  # It has died while it was free: the task has not begun.
-            self.child.end()
-            result.worker_ids[:] = [self.prepare()]
-            self.child.pipe.send(run)
-        self.child.tasks += 1
-        return self.child.receive(self.queue.options["TASK_TIMEOUT"])
-
-    def tidy(self):
-        if self.child and self.child.tasks == self.queue.options["MAX_TASKS_PER_CHILD"]:
-            self.child.end(_PATIENCE)
-
-    def stop(self):
-        super().stop()
-        if self.child in _children:
-            self.child.end(_PATIENCE)
-
-
-class _Child:
-    """A child process, for one worker."""
-
-    def __init__(self, options):
+    def start_child(self):
         """Start a process and wait until it is set up."""
         self.tasks, self.outdated = 0, False  # Whether settings have changed since.
         self.databases = _databases()
@@ -982,10 +872,10 @@ class _Child:
         with _children_lock:
             if _exiting:
                 raise RuntimeError("The process exits: no child process is started")
-            context = _multiprocessing_context(options["START_METHOD"])
+            context = _multiprocessing_context(self.options["START_METHOD"])
             self.pipe, pipe = context.Pipe()
             alive, self.alive = context.Pipe(duplex=False)  # Nothing is written to it.
-            args = (pipe, alive, options["INITIALIZER"], *_site(), self.databases)
+            args = (pipe, alive, self.options["INITIALIZER"], *_site(), self.databases)
             self.process = context.Process(None, _child_main, _CHILD_NAME, args)
             with pipe, alive:
                 self.process.start()
@@ -993,14 +883,26 @@ class _Child:
         try:
             self.receive(_SET_UP_TIMEOUT)
         except BaseException:
-            self.end()
+            self.end_child()
             raise
 
-    def receive(self, timeout):
-        """Return or raise what the child answers. Do meanwhile what its task asks for.
+    def execute(self, result):
+        task = result.task
+        packed = task.takes_context and _pack(result)
+        run = ("run", result.id, task.module_path, result.args, result.kwargs, packed)
+        message = pickle.dumps(run)
+        try:
+            self.pipe.send_bytes(message)
+        except OSError:  # It has died while it was free: the task has not begun.
+            self.end_child()
+            result.worker_ids[:] = [self.prepare()]
+            self.pipe.send_bytes(message)
+        self.tasks += 1
+        return self.receive(self.options["TASK_TIMEOUT"])
 
-        Raise TimeoutError after ``timeout`` seconds; ChildProcessError if it dies.
-        """
+    def receive(self, timeout):
+        """Return or raise what the child answers; meanwhile do what its task asks for.
+        Raise TimeoutError after seconds; ChildProcessError if the child dies."""
         self.busy, begun = True, time.monotonic()
         try:
             while not timeout or self.pipe.poll(begun + timeout - time.monotonic()):
@@ -1009,37 +911,45 @@ class _Child:
                     break
                 self.pipe.send(_outcome(_serve, *message))
             else:
-                raise TimeoutError(
-                    f"The child process took more than {timeout} seconds"
-                )
+                raise TimeoutError(f"The child process took over {timeout} seconds")
         except TimeoutError:
-            self.end()
+            self.end_child()
             raise
         except Exception:
             self.process.join(1)
-            code = self.process.exitcode
-            self.end()
-            text = f"Child process {self.process.pid} ended with exit code {code}"
-            raise ChildProcessError(f"{text}, before it was done") from None
+            text = f"Child process {self.process.pid} ended with exit code"
+            text = f"{text} {self.process.exitcode}, before it was done"
+            self.end_child()
+            raise ChildProcessError(text) from None
         self.busy = False
         return _take(*message)
 
-    def end(self, patience=0):
+    def tidy(self, last):
+        super().tidy(last)
+        worn = self in _children and self.tasks == self.options["MAX_TASKS_PER_CHILD"]
+        if worn or (last and self in _children):
+            self.end_child(_PATIENCE)
+
+    def end_child(self, patience=0):
         """Let the process end itself for some seconds; kill what is left then."""
         self.pipe.close()
         if patience:
             self.process.join(patience)
-        self.kill()
+        self.kill_child()
         self.process.join()
         with _children_lock:
             self.alive.close()
             _children.discard(self)
 
-    def kill(self):
-        """Kill the process, and what its tasks have started and left."""
-        with suppress(AttributeError, ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+    def kill_child(self):
+        _kill_group(self.process.pid)
         self.process.kill()
+
+
+def _kill_group(pid):
+    """Kill a child, and what its tasks have started and left."""
+    with suppress(AttributeError, ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _serve(method, alias, content):
@@ -1052,28 +962,25 @@ def _serve(method, alias, content):
 
 def _multiprocessing_context(method):
     """Return the context of multiprocessing for a START_METHOD."""
-    method = method or _START_METHODS[0]
     if not os.path.basename(sys.executable or "").startswith(("python", "pypy")):
-        multiprocessing.set_executable(_find_python())
-    if method == "forkserver" in _START_METHODS:
-        multiprocessing.set_forkserver_preload([__name__])
+        name, place = f"python3.{sys.version_info[1]}", os.path.join(sys.prefix, "bin")
+        if not (found := shutil.which(name, path=place)):
+            raise RuntimeError(
+                f"sys.executable {sys.executable!r} is no Python, and {place} has no "
+                f"{name}: set sys.executable to an interpreter for child processes"
+            )
+        multiprocessing.set_executable(found)
+    if "forkserver" in _START_METHODS and method != "spawn":
+        from multiprocessing import forkserver  # Windows has none.
+
+        forkserver.set_forkserver_preload([__name__])
         try:
-            importlib.import_module("multiprocessing.forkserver").ensure_running()
+            forkserver.ensure_running()
+            return multiprocessing.get_context("forkserver")
         except OSError as error:  # Also if it is the one of a process we are a fork of.
             _START_METHODS.remove("forkserver")
             logger.warning("No fork server, child processes are spawned: %s", error)
-    return multiprocessing.get_context(method if method in _START_METHODS else "spawn")
-
-
-def _find_python():
-    """Return the interpreter, where a server is sys.executable, as under uWSGI."""
-    name, place = f"python3.{sys.version_info[1]}", os.path.join(sys.prefix, "bin")
-    if found := shutil.which(name, path=place):
-        return found
-    raise RuntimeError(
-        f"sys.executable {sys.executable!r} is no Python to start child processes with, "
-        f"and {place} has no {name}: set sys.executable to the path of an interpreter"
-    )
+    return multiprocessing.get_context("spawn")
 
 
 def _databases():
@@ -1114,7 +1021,7 @@ class _Parent:
     def answer(self, message):
         with self.lock:
             self.listens = False
-            self.pipe.send(message)
+            self.pipe.send_bytes(pickle.dumps(message))
 
 
 _NO_TASK = (
@@ -1167,10 +1074,8 @@ def _leave_with_parent(alive):
         fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC)
 
     def watch():
-        with suppress(EOFError, OSError):
-            alive.recv()
-        with suppress(AttributeError):
-            os.killpg(0, signal.SIGKILL)
+        alive.poll(None)
+        _kill_group(os.getpid())
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -1192,15 +1097,15 @@ def _set_up(initializer, environ, in_code, changed, databases):
     for name, pickled in changed.items():
         with suppress(Exception):
             setattr(settings, name, pickle.loads(pickled))
-    for alias in databases.keys() & connections.settings.keys():
-        connections.settings[alias]["NAME"] = databases[alias]
+    for alias, name in databases.items():
+        connections.settings.get(alias, {})["NAME"] = name
     django.setup()
 
 
 # --- Process-wide: state, exit, fork, changed settings --------------------------------
 
 _pools = {}  # By alias. In a child it is empty.
-_children = set()  # Of type _Child. In a child it is empty.
+_children = set()  # Each _ProcessWorker that has one. In a child it is empty.
 _children_lock = threading.RLock()
 _parent = None  # In a child the _Parent.
 _exiting = False  # Whether the exit has given up: nothing is started any more.
@@ -1224,8 +1129,6 @@ def _shutdown():
     for step in (_finish_work, _give_up, _give_up):
         with suppress(BaseException):
             step()
-    for child in list(_children):
-        child.kill()
 
 
 def _finish_work():
@@ -1234,8 +1137,8 @@ def _finish_work():
     while busy := [pool for pool in list(_pools.values()) if _has_time(pool, begun)]:
         if not said and time.monotonic() > begun + 1:
             said, number = True, sum(pool.queue.count_busy() for pool in busy)
-            message = "The process exits once %s tasks are finished; Ctrl-C gives up, "
-            logger.warning(message + "SHUTDOWN_TIMEOUT limits", number)
+            message = "The process exits once %s tasks are finished; Ctrl-C gives up"
+            logger.warning(message + ", SHUTDOWN_TIMEOUT limits", number)
         with suppress(TimeoutError):
             busy[0].join(0.1)
 
@@ -1257,12 +1160,14 @@ def _give_up():
     for task in list(_coroutines):
         with suppress(RuntimeError):  # Its loop has just ended.
             task.get_loop().call_soon_threadsafe(task.cancel)
-    for child in list(_children):
-        if child.busy:
-            child.kill()
+    for worker in list(_children):
+        if worker.busy:
+            worker.kill_child()
     end = time.monotonic() + _PATIENCE
     while _children and time.monotonic() < end:
         time.sleep(0.01)
+    for worker in list(_children):
+        worker.kill_child()
 
 
 # Not atexit: by then Python's executors, which coroutines need, take no more work. The
