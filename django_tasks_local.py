@@ -28,9 +28,9 @@ The way of a task::
 
 Locks: ``_Pool.lock``, one for each alias, guards its results, queue and workers.
 ``_children_lock`` guards ``_children`` and keeps forks away from the start of a child.
-``_Parent.lock``, in a child, lets one thread at a time talk to the parent. Under none is
-another one taken, a signal sent or a task called. They are re-entrant: a signal handler
-or ``__del__`` may call a backend between any two lines.
+``_Parent.lock``, in a child, lets one thread at a time talk to the parent. Under none
+is another one taken, a signal sent or a task called. They are re-entrant: a signal
+handler or ``__del__`` may call a backend between any two lines.
 
 Private interfaces: ``threading._register_atexit`` (the exit has to wait before Python
 ends its executors), ``atexit._run_exitfuncs`` (children skip it before Python 3.13),
@@ -48,7 +48,6 @@ import logging
 import multiprocessing.util
 import os
 import pickle
-import shutil
 import signal
 import socket
 import sys
@@ -63,11 +62,12 @@ from contextvars import Context, ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
+from hashlib import blake2b
 from heapq import heappop, heappush
 from inspect import iscoroutinefunction, unwrap
 
-import asgiref.sync
 import django
+from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.core.cache import caches
 from django.core.signals import setting_changed
@@ -151,18 +151,15 @@ def _read_options(alias, params, allowed):
     for name, value in given.items():
         default, right, is_right = allowed.get(name, _UNKNOWN)
         if not is_right(value) and not value is default is None:
-            raise InvalidBackend(
-                f"{place}: {name!r} must be {right}, got {value!r}. "
-                f"The options are {', '.join(allowed)}"
-            )
+            text = f"must be {right}. Options are {', '.join(allowed)}"
+            raise InvalidBackend(f"{place}: {name!r} {text}; got {value!r}")
     return {name: default for name, (default, _, _) in allowed.items()} | given
 
 
 # --- 2. The backends ------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalTask(Task):
-    """A Task whose ``run_after`` may be a timedelta, and that may override
-    ``ENQUEUE_ON_COMMIT``."""
+    """A Task that takes a timedelta as ``run_after``, and ``enqueue_on_commit``."""
 
     enqueue_on_commit: bool | str | None = None
 
@@ -192,11 +189,9 @@ class _PoolBackend(BaseTaskBackend):
             raise InvalidBackend(f"{place} must be {right}")
 
     def enqueue(self, task, args=(), kwargs=None):
-        """Queue a Task with its arguments; return its TaskResult, READY.
-
-        Raise InvalidTask; TypeError for arguments that are not JSON, or for processes
-        ValueError; TaskQueueFull; RuntimeError at exit, or if no thread can be started.
-        """
+        """Queue a Task with its arguments; return its TaskResult, READY. Raise
+        InvalidTask; TypeError, or for processes ValueError, for arguments that are not
+        JSON; TaskQueueFull; RuntimeError at exit, or if no thread can be started."""
         self.validate_task(task)
         kwargs, path = kwargs or {}, task.module_path
         for name, value in [*enumerate(args, 1), *kwargs.items()]:
@@ -219,7 +214,7 @@ class _PoolBackend(BaseTaskBackend):
     def _submit(self, result):
         _change(result, enqueued_at=now())
         if _parent:
-            return _parent.ask("enqueue", self.alias, _pack(result))
+            return _parent.ask("_submit", self.alias, _pack(result))
         return _pool(self.alias).submit(self, result)
 
     def get_result(self, result_id):
@@ -228,14 +223,12 @@ class _PoolBackend(BaseTaskBackend):
         if _parent:
             return _parent.ask("get_result", self.alias, result_id)
         result = _pool(self.alias).get(result_id)
-        if not result and cache:
+        if not result and cache and len(result_id) == 36:
             result = _read_cache(cache, self.alias, result_id)
         if not result:
-            raise DoesNotExist(
-                f"No task result {result_id!r} of {self.alias!r}: process {os.getpid()} "
-                "has its own in memory, the last MAX_RESULTS of them; RESULTS_CACHE "
-                f"shares them, and is {cache!r}"
-            )
+            text = f"process {os.getpid()} keeps the last MAX_RESULTS of its own, and"
+            text += f" RESULTS_CACHE {cache!r} those of others"
+            raise DoesNotExist(f"No result {result_id!r} of {self.alias!r}: {text}")
         return result
 
     def wait_result(self, result_id, timeout=None):
@@ -261,21 +254,32 @@ class _PoolBackend(BaseTaskBackend):
     def join(self, timeout=None):
         """Wait until no task is pending or running; deferred ones do not count. Raise
         TimeoutError after seconds; RuntimeError in a task of the same alias."""
-        _pool(self.alias).join(timeout)
+        pool = _pool(self.alias)
+        with pool.expect(None), pool.lock:
+            if not pool.idle.wait_for(lambda: not pool.queue.count_busy(), timeout):
+                raise TimeoutError
 
     def stats(self):
         """Return the numbers of tasks by state and of workers, and the process id."""
-        return _pool(self.alias).stats()
+        queue = _pool(self.alias).queue
+        with queue.pool.lock:
+            return {
+                "pending": queue.count_busy() - len(queue.taken),
+                "deferred": len(queue.deferred),
+                "running": len(queue.taken),
+                "finished": len(queue.pool.finished),
+                "workers": len(queue.crew),
+                "pid": os.getpid(),
+            }
 
     def close(self):
         """Finish what is pending, abandon what is deferred, end the workers. In a task
         return at once. To enqueue afterwards starts afresh."""
-        queue = _pool(self.alias).queue
-        options = queue.options
-        queue.pool.close("the pool was closed")
-        if current_result_id.get(None) is None:
-            while workers := queue.hired(options):
-                workers[0].join()
+        pool = _pool(self.alias)
+        crew = pool.queue.crew
+        pool.close("the pool was closed")
+        while current_result_id.get(None) is None and (workers := list(crew)):
+            workers[0].join()
 
 
 class ThreadPoolBackend(_PoolBackend):
@@ -288,30 +292,21 @@ class ProcessPoolBackend(_PoolBackend):
     allowed_options = _OPTIONS | _PROCESS_OPTIONS
     argument_error = ValueError  # What is not JSON may not be pickleable, either.
 
-    def validate_task(self, task):
-        """Raise InvalidTask if the backend cannot run the task."""
-        if "<locals>" in task.module_path:
-            raise InvalidTask(_NOT_FOUND.format(task.module_path))
-        super().validate_task(task)
-
     def enqueue(self, task, args=(), kwargs=None):
         _check_path(task.func, task.module_path)
         return super().enqueue(task, args, kwargs)
-
-
-_NOT_FOUND = (
-    "Task function {} cannot be found by a child process: define and decorate it under "
-    "its own name, at the top level of a module, not in a shell or another function"
-)
 
 
 def _check_path(func, path):
     """Raise InvalidTask if the path of a task does not lead back to its function."""
     with suppress(ImportError, AttributeError):
         is_typed = unwrap(func).__code__.co_filename.startswith("<")
-        if import_string(path).func is func and not is_typed:
+        if _load_task(path).func is func and not is_typed:
             return
-    raise InvalidTask(_NOT_FOUND.format(path))
+    raise InvalidTask(
+        f"Task function {path} cannot be found by a child process: define and decorate "
+        "it under its own name, in a module (not in a shell), at the top level"
+    )
 
 
 # --- 3. The pool of an alias ----------------------------------------------------------
@@ -326,23 +321,23 @@ class _Pool:
         self.unfinished = {}  # Results by id, until they are settled.
         self.finished = OrderedDict()  # The least recently used result first.
         self.waiting = {}  # By the id of a result the set of Futures for it.
-        self.cache_failed = False
 
     def submit(self, backend, result):
         """Keep, announce and queue a result; return a copy. Or leave nothing behind."""
-        mine, task, limit = _copy(result), result.task, backend.options["MAX_PENDING"]
+        mine, queue, task = _copy(result), self.queue, result.task
         with self.lock:
-            self.queue.open(backend)
-            if limit and len(self.unfinished) - len(self.queue.taken) >= limit:
+            queue.open(backend)
+            limit = queue.options["MAX_PENDING"]
+            if limit and len(self.unfinished) - len(queue.taken) >= limit:
                 raise TaskQueueFull(f"{self.alias!r} has {limit} tasks pending already")
             self.unfinished[result.id] = result
         try:
             signals.task_enqueued.send(type(backend), task_result=mine)
             self.publish(result)
+            due = task.run_after.timestamp() if task.run_after else 0
             with self.lock:
-                self.queue.open(backend)
-                due = task.run_after.timestamp() if task.run_after else 0
-                self.queue.put(result, task.priority, due)
+                queue.open(backend)
+                queue.put(result, task.priority, due)
         except BaseException:
             self.settle(result)
             raise
@@ -389,11 +384,8 @@ class _Pool:
         try:
             if cache:
                 _write_cache(cache, result)
-            self.cache_failed = False
-        except Exception as error:
-            if not self.cache_failed:
-                logger.error("RESULTS_CACHE %r fails; said once: %r", cache, error)
-            self.cache_failed = True
+        except Exception:
+            logger.exception("RESULTS_CACHE %r fails", cache)
 
     def settle(self, result):
         """Keep a finished result, forget another one, and wake who waits for it."""
@@ -421,7 +413,7 @@ class _Pool:
 
     @contextmanager
     def expect(self, result_id):
-        """Yield a Future of the finished result; of None if none is to be waited for."""
+        """Yield a Future of the finished result, or of None if none is awaited."""
         if _exiting or current_result_id.get(None) in self.unfinished:
             raise RuntimeError(
                 f"A task of {self.alias!r} must not wait for others of it, nor may the "
@@ -435,30 +427,12 @@ class _Pool:
             else:
                 future.set_result(None)
         try:
-            yield future
+            yield future  # Up to Python 3.10 these are not all the same:
         except (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError):
-            what = f"{result_id or 'Some task'} of {self.alias!r}"  # They are one from
-            raise TimeoutError(f"{what} is not finished") from None  # Python 3.11 on.
+            raise TimeoutError(f"{result_id or 'A task'} is not finished") from None
         finally:
             with self.lock:
                 self.waiting.get(result_id, set()).discard(future)
-
-    def join(self, timeout):
-        with self.expect(None), self.lock:
-            if not self.idle.wait_for(lambda: not self.queue.count_busy(), timeout):
-                raise TimeoutError
-
-    def stats(self):
-        queue = self.queue
-        with self.lock:
-            return {
-                "pending": queue.count_busy() - len(queue.taken),
-                "deferred": len(queue.deferred),
-                "running": len(queue.taken),
-                "finished": len(self.finished),
-                "workers": len(queue.workers),
-                "pid": os.getpid(),
-            }
 
     def close(self, why, everything=False):
         """Close the queue; abandon what is deferred in it, or everything."""
@@ -478,11 +452,8 @@ class _Pool:
 
 # --- 4. Queue and thread worker -------------------------------------------------------
 class _Queue:
-    """What is to be done, by priority and age, and threads for it. The pool locks it.
-
-    Each worker is for one backend class and its options. It leaves once others have
-    opened the queue, or once the queue is closed and empty.
-    """
+    """What is to be done, and a crew of threads for it. A crew serves one backend class
+    and its options. It leaves for another crew, or once the queue is closed and empty."""
 
     ages = itertools.count()
 
@@ -492,8 +463,12 @@ class _Queue:
         self.ready = []  # A heap of (-priority, age, result).
         self.deferred = []  # A heap of (due time, -priority, age, result).
         self.taken = {}  # The results that workers have, by id, until they are settled.
-        self.workers = set()
-        self.backend_class, self.options, self.closed = None, None, True
+        self.crew = set()  # Its workers.
+        self.backend_class, self.options, self.closed = (
+            None,
+            {"SHUTDOWN_TIMEOUT": 0},
+            True,
+        )
 
     def open(self, backend):
         """Have workers for this backend, once tasks come."""
@@ -502,12 +477,8 @@ class _Queue:
         wanted = (type(backend), backend.options)
         if self.closed or (self.backend_class, self.options) != wanted:
             self.backend_class, self.options = type(backend), {**backend.options}
-            self.closed = False
+            self.crew, self.closed = set(), False
             self.changed.notify_all()
-
-    def hired(self, options):
-        """Return the workers for these very options."""
-        return [worker for worker in list(self.workers) if worker.options is options]
 
     def put(self, result, priority, due):
         """Queue a result that is due at a time in seconds since the epoch."""
@@ -523,12 +494,12 @@ class _Queue:
     def hire(self, more=0):
         """Start a worker if more is to do than workers are free."""
         wanted = len(self.ready) + bool(self.deferred) + more
-        hired = len(self.hired(self.options))
+        hired = len(self.crew)
         if wanted > hired - len(self.taken) and hired < self.options["MAX_WORKERS"]:
             worker = self.backend_class.worker_class(self)
             try:
                 worker.start()
-                self.workers.add(worker)
+                self.crew.add(worker)
             except (RuntimeError, MemoryError):
                 if not hired:  # Else those who are there must do.
                     raise
@@ -536,7 +507,7 @@ class _Queue:
     def get(self, worker):
         """Wait for a result and take it. None: the worker has to leave."""
         with _politely(self.pool.lock):
-            while worker.options is self.options:
+            while worker.crew is self.crew:
                 if self.promote():
                     result = heappop(self.ready)[-1]
                     self.taken[result.id] = result
@@ -544,9 +515,8 @@ class _Queue:
                     return result
                 if self.closed:
                     break
-                # The clock may be set, so nobody waits for longer than a minute.
                 left = self.deferred[0][0] - time.time() if self.deferred else None
-                self.changed.wait(left and min(left, _CLOCK_INTERVAL))
+                self.changed.wait(left)
 
     def promote(self):
         """Make ready what is due; return how much is ready."""
@@ -568,15 +538,12 @@ class _Queue:
         return [entry[-1] for entry in deferred]
 
 
-_CLOCK_INTERVAL = 60  # Seconds.
-
-
 class _ThreadWorker(threading.Thread):
     """Runs one task after the other."""
 
     def __init__(self, queue):
         super().__init__(name=f"tasks-{queue.pool.alias}", daemon=True)
-        self.queue, self.options = queue, queue.options
+        self.queue, self.crew, self.options = queue, queue.crew, queue.options
 
     def run(self):
         if hasattr(signal, "pthread_sigmask"):  # Threads of some servers block all.
@@ -588,7 +555,7 @@ class _ThreadWorker(threading.Thread):
                 self.tidy(last=False)
             self.tidy(last=True)
         finally:
-            self.queue.workers.discard(self)
+            self.crew.discard(self)
 
     def prepare(self):
         """Get ready for a task; return the id of the worker."""
@@ -606,11 +573,9 @@ class _ThreadWorker(threading.Thread):
 
 
 def _politely(lock):
-    """Return a lock for ``with`` when it is most likely free. For workers only.
-
-    Who queues for a lock is given it before the GIL, so the next one has to queue, too:
-    from then on each use costs two switches of threads, 30 % of the throughput.
-    """
+    """Return a lock for ``with`` when it is most likely free. For workers only. Who
+    queues for it is given it before the GIL, so the next one has to queue, too: from
+    then on each use costs two switches of threads, 30 % of the throughput."""
     for _ in range(50):
         if lock.acquire(False):
             lock.release()
@@ -621,18 +586,14 @@ def _politely(lock):
 
 # --- 5. Results -----------------------------------------------------------------------
 _TIMES = ("enqueued_at", "started_at", "last_attempted_at", "finished_at")
-_ids = []
+_KEY, _numbers = os.urandom(64), itertools.count()
 
 
 def _new_id():
-    """Return a random UUID. Made 64 at a time: each ``os.urandom`` gives up the GIL."""
-    try:
-        return _ids.pop()
-    except IndexError:
-        noise = os.urandom(64 * 16)
-        parts = (noise[start : start + 16] for start in range(0, len(noise), 16))
-        _ids.extend(str(uuid.UUID(bytes=part, version=4)) for part in parts)
-        return _new_id()
+    """Return a UUID, as good as random. ``os.urandom`` would give up the GIL."""
+    number = f"{os.getpid()} {next(_numbers)}".encode()
+    digest = blake2b(number, key=_KEY, digest_size=16).digest()
+    return str(uuid.UUID(bytes=digest, version=4))
 
 
 def _change(frozen, **values):
@@ -667,7 +628,7 @@ def _json(value, kind, path, name):
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else kind
         raise kind(
-            f"{name!r} of task {path} is {type(value)}, which is not JSON (and so perhaps not "
+            f"{name!r} of task {path} is {type(value)}, not JSON (and so perhaps not "
             f"pickleable): {error}. Right are None, bool, int, float, str, UTF-8 bytes, "
             "lists and dicts of these; of a model instance pass the primary key"
         ) from None
@@ -694,7 +655,7 @@ def _unpack(packed):
         if isinstance(values[name], str):  # It has come as JSON text.
             values[name] = datetime.fromisoformat(values[name])
     changed = values["task"] | {"run_after": values.pop("run_after")}
-    values["task"] = replace(import_string(values.pop("path")), **changed)
+    values["task"] = replace(_load_task(values.pop("path")), **changed)
     values["status"] = Status(values["status"])
     values["errors"] = [
         TaskError(exception_class_path=path, traceback=text)
@@ -703,26 +664,27 @@ def _unpack(packed):
     return _new_result(values)
 
 
+def _load_task(path):
+    found = import_string(path)
+    return found if isinstance(found, Task) else tasks.task(found)
+
+
 # RESULTS_CACHE holds JSON text: [host, namespace of process ids, pid, packed result].
 
+_CACHE_KEY = "django_tasks_local.{}.{}"
 _NAMESPACE = "/proc/self/ns/pid"  # On Linux.
 _HOST = [socket.gethostname(), os.path.exists(_NAMESPACE) and os.readlink(_NAMESPACE)]
 
 
-def _cache_key(alias, result_id):
-    """Return a key that each cache takes, whatever the alias and the id are."""
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, repr((alias, result_id))))
-
-
 def _write_cache(cache, result):
-    content = [*_HOST, os.getpid(), _pack(result)]
-    text = json.dumps(content, default=datetime.isoformat)
-    caches[cache].set(_cache_key(result.backend, result.id), text)
+    packed = [*_HOST, os.getpid(), _pack(result)]
+    text = json.dumps(packed, default=datetime.isoformat)
+    caches[cache].set(_CACHE_KEY.format(result.backend, result.id), text)
 
 
 def _read_cache(cache, alias, result_id):
     """Return a result, or None. One whose process is gone from this host is FAILED."""
-    text = caches[cache].get(_cache_key(alias, result_id))
+    text = caches[cache].get(_CACHE_KEY.format(alias, result_id))
     if text is None:
         return None
     *host, pid, packed = json.loads(text)
@@ -763,11 +725,10 @@ def _call(task, args, kwargs, result):
     """Call a task, in an event loop of its own if it is a coroutine function."""
     function = task.func
     if iscoroutinefunction(function):
-        function = asgiref.sync.async_to_sync(partial(_await, function))
+        function = async_to_sync(partial(_await, function))
     if task.takes_context:
         args = [tasks.TaskContext(task_result=result), *args]
-    value = function(*args, **kwargs)
-    return _json(value, TypeError, task.module_path, "return value")
+    return _json(function(*args, **kwargs), TypeError, task.module_path, "return value")
 
 
 def _clean_connections():
@@ -790,7 +751,7 @@ def _clean_connections():
             del connections[connection.alias]
 
 
-_CALLERS = {__file__, asgiref.sync.__file__, concurrent.futures._base.__file__}
+_CALLERS = {__name__, "asgiref.sync", "concurrent.futures._base"}
 
 
 def _task_error(error):
@@ -799,7 +760,7 @@ def _task_error(error):
     path = f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
     with suppress(BaseException):  # Of the exception's own code, or a loader's.
         cause, frames = error.__cause__, error.__traceback__
-        while frames and frames.tb_frame.f_code.co_filename in _CALLERS:
+        while frames and frames.tb_frame.f_globals.get("__name__") in _CALLERS:
             frames = frames.tb_next
         text = "".join(traceback.format_exception(kind, error, frames))
         if type(cause) is _RemoteTraceback:
@@ -808,12 +769,10 @@ def _task_error(error):
 
 
 # --- 7. Child processes ---------------------------------------------------------------
-
 # The messages, by turns to the child, to the parent, to the parent, to the child:
-#
 #   "run", id, path, args, kwargs, packed result or False   run a task
 #   "done", value   or   "failed", packed error             the answer: so it did
-#   "enqueue", alias, packed result                         while it runs: do this
+#   "_submit", alias, packed result                         while it runs: do this
 #   "get_result", alias, id                                 or this
 #   "done", packed result   or   "failed", packed error     the answer to that
 
@@ -839,7 +798,7 @@ def _outcome(function, *args):
 
 
 def _take(kind, content):
-    """Return what such a message says; raise its error, or a RuntimeError of its text."""
+    """Return what such a message says; raise its error, or one with its text."""
     if kind == "done":
         return content
     path, text, pickled = content
@@ -864,11 +823,11 @@ class _ProcessWorker(_ThreadWorker):
 
     def start_child(self):
         """Start a process and wait until it is set up."""
-        self.tasks, self.outdated = 0, False  # Whether settings have changed since.
+        self.tasks, self.busy = 0, True
+        self.outdated = False  # Whether settings have changed since.
         self.databases = _databases()
-        main = sys.modules["__main__"]
-        if _main_file and not hasattr(main, "__file__"):  # At exit CPython deletes it.
-            main.__file__ = _main_file
+        if _main_file:  # At exit CPython deletes this, but children import the script.
+            sys.modules["__main__"].__file__ = _main_file
         with _children_lock:
             if _exiting:
                 raise RuntimeError("The process exits: no child process is started")
@@ -953,22 +912,19 @@ def _kill_group(pid):
 
 
 def _serve(method, alias, content):
-    """Do for a child's task what it asks of a backend; return the packed result."""
-    backend = tasks.task_backends[alias]
-    if method == "enqueue":
-        return _pack(_pool(alias).submit(backend, _unpack(content)))
-    return _pack(backend.get_result(content))
+    """Have a backend do for a child's task what it asks; return the packed result."""
+    if method == "_submit":
+        content = _unpack(content)
+    return _pack(getattr(tasks.task_backends[alias], method)(content))
 
 
 def _multiprocessing_context(method):
     """Return the context of multiprocessing for a START_METHOD."""
-    if not os.path.basename(sys.executable or "").startswith(("python", "pypy")):
-        name, place = f"python3.{sys.version_info[1]}", os.path.join(sys.prefix, "bin")
-        if not (found := shutil.which(name, path=place)):
-            raise RuntimeError(
-                f"sys.executable {sys.executable!r} is no Python, and {place} has no "
-                f"{name}: set sys.executable to an interpreter for child processes"
-            )
+    if not os.path.basename(sys.executable or "").startswith("py"):
+        found = os.path.join(sys.prefix, "bin", f"python3.{sys.version_info[1]}")
+        if not os.path.exists(found):
+            text = f"sys.executable {sys.executable!r} is no Python, nor is {found!r}"
+            raise RuntimeError(f"{text}: set sys.executable to an interpreter")
         multiprocessing.set_executable(found)
     if "forkserver" in _START_METHODS and method != "spawn":
         from multiprocessing import forkserver  # Windows has none.
@@ -1025,9 +981,8 @@ class _Parent:
 
 
 _NO_TASK = (
-    "In a child process only its running task can enqueue and get results, one by one, "
-    "and do no more. What the main script does belongs under if __name__ == '__main__', "
-    "and AppConfig.ready() must enqueue nothing"
+    "In a child process only its running task may use backends, to enqueue and get "
+    "results, one by one. A main script needs: if __name__ == '__main__'"
 )
 
 
@@ -1051,23 +1006,20 @@ def _run(result_id, path, args, kwargs, packed):
     """Run a task; return what it returns."""
     current_result_id.set(result_id)
     try:
-        return _call(import_string(path), args, kwargs, packed and _unpack(packed))
+        return _call(_load_task(path), args, kwargs, packed and _unpack(packed))
     finally:
         _clean_connections()
 
 
 def _leave_with_parent(alive):
-    """Leave Ctrl-C to the parent, and end when it does, with what tasks have started.
-
-    The end of ``alive`` tells. A thread waits for it; on Linux the kernel does, too, as
-    a task may hold the GIL.
-    """
+    """Leave Ctrl-C to the parent. Die with it, seen by the end of ``alive``: a thread
+    waits for that, and on Linux the kernel, too, as a task may hold the GIL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
-        import fcntl
+        import fcntl  # Windows has none.
 
         fcntl.fcntl(alive, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
@@ -1083,7 +1035,6 @@ def _leave_with_parent(alive):
 
 def _set_up(initializer, environ, in_code, changed, databases):
     """Make the child like its parent, and set up Django."""
-    os.environ.clear()
     os.environ.update(environ)
     if in_code and not settings.configured:
         settings.configure()
@@ -1134,20 +1085,21 @@ def _shutdown():
 def _finish_work():
     """Wait until nothing is pending or running, or the time of its pool is over."""
     begun, said = time.monotonic(), False
-    while busy := [pool for pool in list(_pools.values()) if _has_time(pool, begun)]:
+    while number := sum(_count_awaited(pool, begun) for pool in list(_pools.values())):
         if not said and time.monotonic() > begun + 1:
-            said, number = True, sum(pool.queue.count_busy() for pool in busy)
-            message = "The process exits once %s tasks are finished; Ctrl-C gives up"
-            logger.warning(message + ", SHUTDOWN_TIMEOUT limits", number)
-        with suppress(TimeoutError):
-            busy[0].join(0.1)
+            said = True
+            logger.warning(
+                "The process exits once %s tasks are finished; Ctrl-C gives up, "
+                "SHUTDOWN_TIMEOUT limits",
+                number,
+            )
+        time.sleep(0.01)
 
 
-def _has_time(pool, begun):
-    if not pool.queue.count_busy():
-        return False
+def _count_awaited(pool, begun):
     limit = pool.queue.options["SHUTDOWN_TIMEOUT"]
-    return limit is None or time.monotonic() < begun + limit
+    has_time = limit is None or time.monotonic() < begun + limit
+    return has_time and pool.queue.count_busy()
 
 
 def _give_up():
@@ -1182,7 +1134,7 @@ def _after_fork_in_child():
         child.pipe.close()
         child.alive.close()
     multiprocessing.process._children.clear()
-    for state in (_pools, _children, _coroutines, _ids):
+    for state in (_pools, _children, _coroutines):
         state.clear()
     if _parent:
         _parent.pipe.close()
@@ -1210,3 +1162,44 @@ def _follow_settings(*, setting, **kwargs):
 
 
 setting_changed.connect(_follow_settings)
+
+
+# --- Demonstration: python -m django_tasks_local --------------------------------------
+def _demo_wait(name, seconds):
+    time.sleep(seconds)
+
+
+def _demo_sum(name, limit):
+    return sum(map(int, range(limit)))
+
+
+def _show(task_result, **kwargs):
+    errors = [error.exception_class_path for error in task_result.errors]
+    print(f"  {task_result.args[0]:8}{task_result.status:11}", *errors, flush=True)
+
+
+def _demonstrate():
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Be silent if piped into head.
+    names = {"default": "ThreadPoolBackend", "cpu": "ProcessPoolBackend"}
+    params = {alias: {"BACKEND": f"{__name__}.{names[alias]}"} for alias in names}
+    settings.configure(TASKS=params)
+    django.setup()
+    for event in (signals.task_enqueued, signals.task_started, signals.task_finished):
+        event.connect(_show)
+    parts = ("default", "wait", _demo_wait, 0.5), ("cpu", "sum", _demo_sum, 12_000_000)
+    for alias, name, function, value in parts:
+        print(f"{names[alias]}\n  TASK    STATUS      ERROR", flush=True)
+        task, begun = tasks.task(backend=alias)(function), time.monotonic()
+        function(name, value)
+        one = time.monotonic() - begun
+        for number, argument in enumerate([value, value, value, "many"], 1):
+            task.enqueue(f"{name}-{number}", argument)
+        task.get_backend().join()
+        print(f"  {time.monotonic() - begun - one:.1f} s; one task alone: {one:.1f} s")
+    print("Next: First task in two minutes, in README.md")
+
+
+if __name__ == "__main__":  # Children find the tasks under the module's own name.
+    logging.disable()
+    import_string(f"{__spec__.name}._demonstrate")()
