@@ -112,8 +112,8 @@ class TaskQueueFull(exceptions.TaskException):
 
 # --- 1. Options: TASKS[alias], checked ------------------------------------------------
 def _is_shared_cache(value):
-    backend = dict(settings.CACHES).get(value, {}).get("BACKEND", "DummyCache")
-    return not backend.endswith(("LocMemCache", "DummyCache"))
+    known, private = list(settings.CACHES), ("LocMemCache", "DummyCache")
+    return value in known and not settings.CACHES[value]["BACKEND"].endswith(private)
 
 
 _START_METHODS = ["forkserver", "spawn"] if hasattr(os, "fork") else ["spawn"]
@@ -183,10 +183,10 @@ class _PoolBackend(BaseTaskBackend):
         super().__init__(alias, params)
         self.options = _read_options(alias, params, self.allowed_options)
         self.on_commit = params.get("ENQUEUE_ON_COMMIT", False)
-        if self.on_commit not in (False, True, *connections.settings):
-            place = f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT']"
-            right = f"False, True or an alias of DATABASES, got {self.on_commit!r}"
-            raise InvalidBackend(f"{place} must be {right}")
+        is_alias = self.on_commit in list(connections.settings)
+        if not is_alias and type(self.on_commit) is not bool:
+            place = f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] (got {self.on_commit!r})"
+            raise InvalidBackend(f"{place} must be False, True or a key of DATABASES")
 
     def enqueue(self, task, args=(), kwargs=None):
         """Queue a Task with its arguments; return its TaskResult, READY. Raise
@@ -226,8 +226,10 @@ class _PoolBackend(BaseTaskBackend):
         if not result and cache and len(result_id) == 36:
             result = _read_cache(cache, self.alias, result_id)
         if not result:
-            text = f"process {os.getpid()} keeps the last MAX_RESULTS of its own, and"
-            text += f" RESULTS_CACHE {cache!r} those of others"
+            text = (
+                f"process {os.getpid()} has the last MAX_RESULTS of its own in memory,"
+            )
+            text += f" RESULTS_CACHE ({cache!r}) those of others"
             raise DoesNotExist(f"No result {result_id!r} of {self.alias!r}: {text}")
         return result
 
@@ -236,14 +238,12 @@ class _PoolBackend(BaseTaskBackend):
         TaskResultDoesNotExist, also if another process has the task; RuntimeError in a
         task of the same alias."""
         with _pool(self.alias).expect(str(result_id)) as future:
-            result = future.result(timeout)
-        return self._finished(result or self.get_result(result_id))
+            return self._finished(future.result(timeout) or self.get_result(result_id))
 
     async def await_result(self, result_id, timeout=None):
         """Do as ``wait_result``, without blocking the event loop."""
         with _pool(self.alias).expect(str(result_id)) as future:
-            if not future.done():
-                await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+            await asyncio.wait_for(asyncio.wrap_future(future), timeout)
         return self._finished(future.result() or await self.aget_result(result_id))
 
     def _finished(self, result):
@@ -256,16 +256,17 @@ class _PoolBackend(BaseTaskBackend):
         TimeoutError after seconds; RuntimeError in a task of the same alias."""
         pool = _pool(self.alias)
         with pool.expect(None), pool.lock:
-            if not pool.idle.wait_for(lambda: not pool.queue.count_busy(), timeout):
+            if not pool.idle.wait_for(lambda: not pool.queue.is_busy(), timeout):
                 raise TimeoutError
 
     def stats(self):
         """Return the numbers of tasks by state and of workers, and the process id."""
         queue = _pool(self.alias).queue
         with queue.pool.lock:
+            due = sum(entry[0] <= time.time() for entry in queue.deferred)
             return {
-                "pending": queue.count_busy() - len(queue.taken),
-                "deferred": len(queue.deferred),
+                "pending": len(queue.ready) + due,
+                "deferred": len(queue.deferred) - due,
                 "running": len(queue.taken),
                 "finished": len(queue.pool.finished),
                 "workers": len(queue.crew),
@@ -347,9 +348,9 @@ class _Pool:
         """In a worker: run a task, come what may, and keep what came of it."""
         current_result_id.set(result.id)
         try:
-            values = {"worker_ids": [worker.prepare()], "status": Status.RUNNING}
-            values["started_at"] = values["last_attempted_at"] = now()
-            if self.change(result, signals.task_started, **values):
+            ids, start = [worker.prepare()], now()
+            times = {"started_at": start, "last_attempted_at": start, "worker_ids": ids}
+            if self.change(result, signals.task_started, Status.RUNNING, **times):
                 self.finish(result, worker.execute(result))
         except BaseException as error:
             self.finish(result, error=error)
@@ -357,18 +358,17 @@ class _Pool:
         self.settle(result)
 
     def finish(self, result, value=None, error=None):
-        values = {"_return_value": value, "finished_at": now(), "errors": []}
-        values["status"] = Status.SUCCESSFUL
-        if error is not None:
-            values |= {"status": Status.FAILED, "errors": [_task_error(error)]}
-        self.change(result, signals.task_finished, **values)
+        errors = [] if error is None else [_task_error(error)]
+        status = Status.FAILED if errors else Status.SUCCESSFUL
+        values = {"_return_value": value, "finished_at": now(), "errors": errors}
+        self.change(result, signals.task_finished, status, **values)
 
-    def change(self, result, event, **values):
+    def change(self, result, event, status, **values):
         """Change a result and let others know. False: it is finished or forgotten."""
         with _politely(self.lock):
             if result.is_finished or result.id not in self.unfinished:
                 return False
-            _change(result, **values)
+            _change(result, status=status, **values)
         try:
             self.publish(result)
             _politely(event.lock)
@@ -397,7 +397,7 @@ class _Pool:
                 self.finished[result.id] = result
             while len(self.finished) > self.queue.options["MAX_RESULTS"]:
                 self.finished.popitem(last=False)
-            if not self.queue.count_busy():
+            if not self.queue.is_busy():
                 self.idle.notify_all()
             futures = self.waiting.pop(result.id, ())
         for future in futures:
@@ -429,7 +429,9 @@ class _Pool:
         try:
             yield future  # Up to Python 3.10 these are not all the same:
         except (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError):
-            raise TimeoutError(f"{result_id or 'A task'} is not finished") from None
+            raise TimeoutError(
+                f"{result_id or 'A task'} of {self.alias!r} is not finished"
+            ) from None
         finally:
             with self.lock:
                 self.waiting.get(result_id, set()).discard(future)
@@ -452,8 +454,8 @@ class _Pool:
 
 # --- 4. Queue and thread worker -------------------------------------------------------
 class _Queue:
-    """What is to be done, and a crew of threads for it. A crew serves one backend class
-    and its options. It leaves for another crew, or once the queue is closed and empty."""
+    """What is to be done, and a crew of workers for it. A crew serves a backend class
+    with its options. It leaves for another one, or if the queue is closed and empty."""
 
     ages = itertools.count()
 
@@ -464,11 +466,7 @@ class _Queue:
         self.deferred = []  # A heap of (due time, -priority, age, result).
         self.taken = {}  # The results that workers have, by id, until they are settled.
         self.crew = set()  # Its workers.
-        self.backend_class, self.options, self.closed = (
-            None,
-            {"SHUTDOWN_TIMEOUT": 0},
-            True,
-        )
+        self.options, self.closed = {"SHUTDOWN_TIMEOUT": 0}, True  # Until it is opened.
 
     def open(self, backend):
         """Have workers for this backend, once tasks come."""
@@ -519,15 +517,15 @@ class _Queue:
                 self.changed.wait(left)
 
     def promote(self):
-        """Make ready what is due; return how much is ready."""
+        """Make ready what is due; return what is ready."""
         while self.deferred and self.deferred[0][0] <= time.time():
             heappush(self.ready, heappop(self.deferred)[1:])
-        return len(self.ready)
+        return self.ready
 
-    def count_busy(self):
-        """Return how many results are ready or taken."""
-        with self.pool.lock:
-            return self.promote() + len(self.taken)
+    def is_busy(self):
+        # Nothing is changed: a signal handler may ask while promote() is at work.
+        is_due = self.deferred and self.deferred[0][0] <= time.time()
+        return self.ready or self.taken or is_due
 
     def close(self):
         """Have the workers leave once nothing is ready; return what is deferred."""
@@ -628,8 +626,8 @@ def _json(value, kind, path, name):
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else kind
         raise kind(
-            f"{name!r} of task {path} is {type(value)}, not JSON (and so perhaps not "
-            f"pickleable): {error}. Right are None, bool, int, float, str, UTF-8 bytes, "
+            f"{name!r} of task {path} is {type(value)}, not JSON, so perhaps not "
+            f"pickleable: {error}. Right are None, bool, int, float, str, UTF-8 bytes, "
             "lists and dicts of these; of a model instance pass the primary key"
         ) from None
 
@@ -787,14 +785,15 @@ class _RemoteTraceback(Exception):
 
 
 def _outcome(function, *args):
-    """Call a function; return a message that says what comes of it."""
+    """Call a function; return a pickled message that says what comes of it."""
     try:
-        return "done", function(*args)
+        return pickle.dumps(("done", function(*args)))
     except BaseException as error:
         described, pickled = _task_error(error), b""
         with suppress(BaseException):
             pickled = pickle.dumps(error)
-        return "failed", (described.exception_class_path, described.traceback, pickled)
+        error = described.exception_class_path, described.traceback, pickled
+        return pickle.dumps(("failed", error))
 
 
 def _take(kind, content):
@@ -823,8 +822,7 @@ class _ProcessWorker(_ThreadWorker):
 
     def start_child(self):
         """Start a process and wait until it is set up."""
-        self.tasks, self.busy = 0, True
-        self.outdated = False  # Whether settings have changed since.
+        self.tasks, self.busy, self.outdated = 0, True, False  # By changed settings.
         self.databases = _databases()
         if _main_file:  # At exit CPython deletes this, but children import the script.
             sys.modules["__main__"].__file__ = _main_file
@@ -868,18 +866,17 @@ class _ProcessWorker(_ThreadWorker):
                 message = self.pipe.recv()
                 if message[0] in ("done", "failed"):
                     break
-                self.pipe.send(_outcome(_serve, *message))
+                self.pipe.send_bytes(_outcome(_serve, *message))
             else:
                 raise TimeoutError(f"The child process took over {timeout} seconds")
-        except TimeoutError:
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
+                self.process.join(1)
+                code = self.process.exitcode
+                text = f"Child process {self.process.pid} ended with exit code {code}"
+                error = ChildProcessError(f"{text}, before it was done")
             self.end_child()
-            raise
-        except Exception:
-            self.process.join(1)
-            text = f"Child process {self.process.pid} ended with exit code"
-            text = f"{text} {self.process.exitcode}, before it was done"
-            self.end_child()
-            raise ChildProcessError(text) from None
+            raise error from None
         self.busy = False
         return _take(*message)
 
@@ -892,8 +889,7 @@ class _ProcessWorker(_ThreadWorker):
     def end_child(self, patience=0):
         """Let the process end itself for some seconds; kill what is left then."""
         self.pipe.close()
-        if patience:
-            self.process.join(patience)
+        self.process.join(patience)
         self.kill_child()
         self.process.join()
         with _children_lock:
@@ -977,7 +973,7 @@ class _Parent:
     def answer(self, message):
         with self.lock:
             self.listens = False
-            self.pipe.send_bytes(pickle.dumps(message))
+            self.pipe.send_bytes(message)
 
 
 _NO_TASK = (
@@ -1059,6 +1055,7 @@ _pools = {}  # By alias. In a child it is empty.
 _children = set()  # Each _ProcessWorker that has one. In a child it is empty.
 _children_lock = threading.RLock()
 _parent = None  # In a child the _Parent.
+_EVENTS = (signals.task_enqueued, signals.task_started, signals.task_finished)
 _exiting = False  # Whether the exit has given up: nothing is started any more.
 ThreadPoolBackend.worker_class = _ThreadWorker
 ProcessPoolBackend.worker_class = _ProcessWorker
@@ -1085,21 +1082,20 @@ def _shutdown():
 def _finish_work():
     """Wait until nothing is pending or running, or the time of its pool is over."""
     begun, said = time.monotonic(), False
-    while number := sum(_count_awaited(pool, begun) for pool in list(_pools.values())):
+    while any(_is_awaited(pool, begun) for pool in list(_pools.values())):
         if not said and time.monotonic() > begun + 1:
             said = True
             logger.warning(
-                "The process exits once %s tasks are finished; Ctrl-C gives up, "
-                "SHUTDOWN_TIMEOUT limits",
-                number,
+                "The process exits once all tasks are finished; Ctrl-C gives up, "
+                "SHUTDOWN_TIMEOUT limits"
             )
         time.sleep(0.01)
 
 
-def _count_awaited(pool, begun):
+def _is_awaited(pool, begun):
     limit = pool.queue.options["SHUTDOWN_TIMEOUT"]
     has_time = limit is None or time.monotonic() < begun + limit
-    return has_time and pool.queue.count_busy()
+    return has_time and pool.queue.is_busy()
 
 
 def _give_up():
@@ -1139,7 +1135,7 @@ def _after_fork_in_child():
     if _parent:
         _parent.pipe.close()
         _parent.listens = False
-    for event in (signals.task_enqueued, signals.task_started, signals.task_finished):
+    for event in _EVENTS:
         event.lock = threading.Lock()  # Another thread may have held it,
     for handler in (tasks.task_backends, caches):  # and the locks of these.
         handler.__init__()
@@ -1179,24 +1175,22 @@ def _show(task_result, **kwargs):
 
 
 def _demonstrate():
-    if hasattr(signal, "SIGPIPE"):
+    if os.name == "posix":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Be silent if piped into head.
     names = {"default": "ThreadPoolBackend", "cpu": "ProcessPoolBackend"}
     params = {alias: {"BACKEND": f"{__name__}.{names[alias]}"} for alias in names}
     settings.configure(TASKS=params)
     django.setup()
-    for event in (signals.task_enqueued, signals.task_started, signals.task_finished):
+    for event in _EVENTS:
         event.connect(_show)
     parts = ("default", "wait", _demo_wait, 0.5), ("cpu", "sum", _demo_sum, 12_000_000)
     for alias, name, function, value in parts:
         print(f"{names[alias]}\n  TASK    STATUS      ERROR", flush=True)
         task, begun = tasks.task(backend=alias)(function), time.monotonic()
-        function(name, value)
-        one = time.monotonic() - begun
         for number, argument in enumerate([value, value, value, "many"], 1):
             task.enqueue(f"{name}-{number}", argument)
         task.get_backend().join()
-        print(f"  {time.monotonic() - begun - one:.1f} s; one task alone: {one:.1f} s")
+        print(f"  All done after {time.monotonic() - begun:.1f} s")
     print("Next: First task in two minutes, in README.md")
 
 
