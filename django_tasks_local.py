@@ -477,6 +477,7 @@ class _Queue:
             self.backend_class, self.options = type(backend), {**backend.options}
             self.crew, self.closed = set(), False
             self.changed.notify_all()
+            self.hire()  # For what the last crew leaves.
 
     def put(self, result, priority, due):
         """Queue a result that is due at a time in seconds since the epoch."""
@@ -1044,6 +1045,7 @@ def _set_up(initializer, environ, in_code, changed, databases):
     for name, pickled in changed.items():
         with suppress(Exception):
             setattr(settings, name, pickle.loads(pickled))
+    setting_changed.send(None, setting="TASKS")  # An initializer may have used it.
     for alias, name in databases.items():
         connections.settings.get(alias, {})["NAME"] = name
     django.setup()
