@@ -144,10 +144,8 @@ _UNKNOWN = ("", "left out (perhaps it stands beside, such as QUEUES)", ().count)
 def _read_options(alias, params, allowed):
     """Return the options in TASKS[alias], with defaults. Raise InvalidTaskBackend."""
     place, given = f"TASKS[{alias!r}]['OPTIONS']", params.get("OPTIONS", {})
-    if not isinstance(given, dict):
-        raise InvalidBackend(f"{place} must be a dict, got {given!r}")
-    for name in params.keys() & (_OPTIONS | _PROCESS_OPTIONS):
-        raise InvalidBackend(f"{name!r} (got {params[name]!r}) belongs in {place}")
+    if not isinstance(given, dict) or params.keys() & (_OPTIONS | _PROCESS_OPTIONS):
+        raise InvalidBackend(f"{place} must be a dict with all options, got {params!r}")
     for name, value in given.items():
         default, right, is_right = allowed.get(name, _UNKNOWN)
         if not is_right(value) and not value is default is None:
@@ -161,7 +159,7 @@ def _read_options(alias, params, allowed):
 class LocalTask(Task):
     """A Task that takes a timedelta as ``run_after``, and ``enqueue_on_commit``."""
 
-    enqueue_on_commit: bool | str | None = None
+    enqueue_on_commit: object = None  # A bool, or a database.
 
     def __post_init__(self):
         if isinstance(self.run_after, timedelta):
@@ -183,8 +181,7 @@ class _PoolBackend(BaseTaskBackend):
         super().__init__(alias, params)
         self.options = _read_options(alias, params, self.allowed_options)
         self.on_commit = params.get("ENQUEUE_ON_COMMIT", False)
-        is_alias = self.on_commit in list(connections.settings)
-        if not is_alias and type(self.on_commit) is not bool:
+        if self.on_commit not in (False, True, *connections.settings):
             place = f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] (got {self.on_commit!r})"
             raise InvalidBackend(f"{place} must be False, True or a key of DATABASES")
 
@@ -193,14 +190,12 @@ class _PoolBackend(BaseTaskBackend):
         InvalidTask; TypeError, or for processes ValueError, for arguments that are not
         JSON; TaskQueueFull; RuntimeError at exit, or if no thread can be started."""
         self.validate_task(task)
-        kwargs, path = kwargs or {}, task.module_path
-        for name, value in [*enumerate(args, 1), *kwargs.items()]:
-            _json(value, self.argument_error, path, name)
-        result = TaskResult(
-            **{"task": task, "args": args, "kwargs": kwargs, "backend": self.alias},
-            **{"id": _new_id(), "status": Status.READY, "errors": [], "worker_ids": []},
-            **dict.fromkeys(_TIMES),
-        )
+        kind, path = self.argument_error, task.module_path
+        args = [_json(value, kind, path, name) for name, value in enumerate(args, 1)]
+        kwargs = {k: _json(value, kind, path, k) for k, value in (kwargs or {}).items()}
+        values = dict.fromkeys(_FIELDS) | {"task": task, "args": args, "kwargs": kwargs}
+        values |= {"id": _new_id(), "backend": self.alias, "status": Status.READY}
+        result = _new_result(values | {"errors": [], "worker_ids": []})
         on_commit = getattr(task, "enqueue_on_commit", None)
         if on_commit is None:
             on_commit = self.on_commit
@@ -222,7 +217,12 @@ class _PoolBackend(BaseTaskBackend):
         result_id, cache = str(result_id), self.options["RESULTS_CACHE"]
         if _parent:
             return _parent.ask("get_result", self.alias, result_id)
-        result = _pool(self.alias).get(result_id)
+        pool = _pool(self.alias)
+        with pool.lock:
+            if result_id in pool.finished:
+                pool.finished.move_to_end(result_id)
+            result = pool.unfinished.get(result_id) or pool.finished.get(result_id)
+            result = result and _copy(result)
         if not result and cache and len(result_id) == 36:
             result = _read_cache(cache, self.alias, result_id)
         if not result:
@@ -371,7 +371,6 @@ class _Pool:
             _change(result, status=status, **values)
         try:
             self.publish(result)
-            _politely(event.lock)
             event.send_robust(self.queue.backend_class, task_result=_copy(result))
         except BaseException:  # Nothing that others raise may end a worker.
             with suppress(BaseException):
@@ -402,14 +401,6 @@ class _Pool:
             futures = self.waiting.pop(result.id, ())
         for future in futures:
             future.set_result(finished)
-
-    def get(self, result_id):
-        """Return a copy of a result, or None."""
-        with self.lock:
-            if result_id in self.finished:
-                self.finished.move_to_end(result_id)
-            result = self.unfinished.get(result_id) or self.finished.get(result_id)
-            return result and _copy(result)
 
     @contextmanager
     def expect(self, result_id):
@@ -584,6 +575,7 @@ def _politely(lock):
 
 
 # --- 5. Results -----------------------------------------------------------------------
+_FIELDS = list(TaskResult.__dataclass_fields__)
 _TIMES = ("enqueued_at", "started_at", "last_attempted_at", "finished_at")
 _KEY, _numbers = os.urandom(64), itertools.count()
 
@@ -609,7 +601,10 @@ def _new_result(values):
 
 def _copy(result):
     """Return a TaskResult that shares nothing that can be changed."""
-    return _new_result(_own(_values(result)))
+    copy = object.__new__(TaskResult)
+    for name in _FIELDS:
+        object.__setattr__(copy, name, _own(getattr(result, name)))
+    return copy
 
 
 def _own(value):
@@ -684,7 +679,7 @@ def _write_cache(cache, result):
 def _read_cache(cache, alias, result_id):
     """Return a result, or None. One whose process is gone from this host is FAILED."""
     text = caches[cache].get(_CACHE_KEY.format(alias, result_id))
-    if text is None:
+    if not text:
         return None
     *host, pid, packed = json.loads(text)
     try:
@@ -731,10 +726,9 @@ def _call(task, args, kwargs, result):
 
 
 def _clean_connections():
-    """Leave the next task no transaction, stale session, query log or attribute."""
+    """Leave the next task no transaction, broken session or changed object."""
     for connection in connections.all(initialized_only=True):
         try:
-            connection.queries_log.clear()
             connection.close_if_unusable_or_obsolete()
             if connection.in_atomic_block:
                 connection.close()
@@ -814,6 +808,8 @@ def _take(kind, content):
 class _ProcessWorker(_ThreadWorker):
     """Has a child process of its own run the tasks."""
 
+    tasks = 0  # How many the child was sent.
+
     def prepare(self):
         if self in _children and (self.outdated or self.databases != _databases()):
             self.end_child(_PATIENCE)
@@ -883,8 +879,8 @@ class _ProcessWorker(_ThreadWorker):
 
     def tidy(self, last):
         super().tidy(last)
-        worn = self in _children and self.tasks == self.options["MAX_TASKS_PER_CHILD"]
-        if worn or (last and self in _children):
+        last = last or self.tasks == self.options["MAX_TASKS_PER_CHILD"]
+        if last and self in _children:
             self.end_child(_PATIENCE)
 
     def end_child(self, patience=0):
@@ -893,9 +889,8 @@ class _ProcessWorker(_ThreadWorker):
         self.process.join(patience)
         self.kill_child()
         self.process.join()
-        with _children_lock:
-            self.alive.close()
-            _children.discard(self)
+        self.alive.close()
+        _children.discard(self)
 
     def kill_child(self):
         _kill_group(self.process.pid)
@@ -943,12 +938,12 @@ def _databases():
 
 def _site():
     """Return the environment, whether the settings have no module, those it lacks."""
-    module = sys.modules.get(os.environ.get("DJANGO_SETTINGS_MODULE", ""))
+    module = sys.modules.get(os.environ.get("DJANGO_SETTINGS_MODULE"))
     changed = {}
     for name in filter(settings.is_overridden, filter(str.isupper, dir(settings))):
         with suppress(Exception):  # The child has to do without.
             value = getattr(settings, name)
-            if name == "DATABASES" or value is not getattr(module, name, changed):
+            if value is not getattr(module, name, changed):
                 changed[name] = pickle.dumps(value)
     return dict(os.environ), module is None, changed
 
@@ -1070,7 +1065,8 @@ def _pool(alias):
     if alias not in _pools:
         # A process of multiprocessing joins its children before its threads end.
         multiprocessing.util.Finalize(None, _shutdown, exitpriority=100)
-    return _pools.setdefault(alias, _Pool(alias))
+        _pools.setdefault(alias, _Pool(alias))
+    return _pools[alias]
 
 
 def _shutdown():
@@ -1172,8 +1168,7 @@ def _demo_sum(name, limit):
 
 
 def _show(task_result, **kwargs):
-    errors = [error.exception_class_path for error in task_result.errors]
-    print(f"  {task_result.args[0]:8}{task_result.status:11}", *errors, flush=True)
+    print(f"  {task_result.args[0]:8}{task_result.status}")
 
 
 def _demonstrate():
@@ -1187,7 +1182,7 @@ def _demonstrate():
         event.connect(_show)
     parts = ("default", "wait", _demo_wait, 0.5), ("cpu", "sum", _demo_sum, 12_000_000)
     for alias, name, function, value in parts:
-        print(f"{names[alias]}\n  TASK    STATUS      ERROR", flush=True)
+        print(f"{names[alias]}\n  TASK    STATUS")
         task, begun = tasks.task(backend=alias)(function), time.monotonic()
         for number, argument in enumerate([value, value, value, "many"], 1):
             task.enqueue(f"{name}-{number}", argument)
