@@ -672,8 +672,8 @@ _HOST = [socket.gethostname(), os.path.exists(_NAMESPACE) and os.readlink(_NAMES
 
 def _write_cache(cache, result):
     packed = [*_HOST, os.getpid(), _pack(result)]
-    text = json.dumps(packed, default=datetime.isoformat)
-    caches[cache].set(_CACHE_KEY.format(result.backend, result.id), text)
+    key = _CACHE_KEY.format(result.backend, result.id)
+    caches[cache].set(key, json.dumps(packed, default=datetime.isoformat))
 
 
 def _read_cache(cache, alias, result_id):
@@ -1164,7 +1164,7 @@ def _demo_wait(name, seconds):
 
 
 def _demo_sum(name, limit):
-    return sum(map(int, range(limit)))
+    return sum(range(limit))
 
 
 def _show(task_result, **kwargs):
@@ -1180,7 +1180,7 @@ def _demonstrate():
     django.setup()
     for event in _EVENTS:
         event.connect(_show)
-    parts = ("default", "wait", _demo_wait, 0.5), ("cpu", "sum", _demo_sum, 12_000_000)
+    parts = ("default", "wait", _demo_wait, 0.5), ("cpu", "sum", _demo_sum, 40_000_000)
     for alias, name, function, value in parts:
         print(f"{names[alias]}\n  TASK    STATUS")
         task, begun = tasks.task(backend=alias)(function), time.monotonic()
