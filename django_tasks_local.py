@@ -1180,7 +1180,7 @@ def _demonstrate():
     django.setup()
     for event in _EVENTS:
         event.connect(_show)
-    parts = ("default", "wait", _demo_wait, 0.5), ("cpu", "sum", _demo_sum, 40_000_000)
+    parts = ("default", "wait", _demo_wait, 1.0), ("cpu", "sum", _demo_sum, 90_000_000)
     for alias, name, function, value in parts:
         print(f"{names[alias]}\n  TASK    STATUS")
         task, begun = tasks.task(backend=alias)(function), time.monotonic()
