@@ -182,8 +182,10 @@ class _PoolBackend(BaseTaskBackend):
         self.options = _read_options(alias, params, self.allowed_options)
         self.on_commit = params.get("ENQUEUE_ON_COMMIT", False)
         if self.on_commit not in (False, True, *connections.settings):
-            place = f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] (got {self.on_commit!r})"
-            raise InvalidBackend(f"{place} must be False, True or a key of DATABASES")
+            raise InvalidBackend(
+                f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be False, True or a key of "
+                f"DATABASES, got {self.on_commit!r}"
+            )
 
     def enqueue(self, task, args=(), kwargs=None):
         """Queue a Task with its arguments; return its TaskResult, READY. Raise
@@ -869,9 +871,10 @@ class _ProcessWorker(_ThreadWorker):
         except Exception as error:
             if not isinstance(error, TimeoutError):
                 self.process.join(1)
-                code = self.process.exitcode
-                text = f"Child process {self.process.pid} ended with exit code {code}"
-                error = ChildProcessError(f"{text}, before it was done")
+                error = ChildProcessError(
+                    f"Child process {self.process.pid} ended with exit code "
+                    f"{self.process.exitcode}, before it was done"
+                )
             self.end_child()
             raise error from None
         self.busy = False
@@ -1040,7 +1043,8 @@ def _set_up(initializer, environ, in_code, changed, databases):
     for name, pickled in changed.items():
         with suppress(Exception):
             setattr(settings, name, pickle.loads(pickled))
-    setting_changed.send(None, setting="TASKS")  # An initializer may have used it.
+    # Django has to look again, as the initializer may have used the settings.
+    setting_changed.send(None, setting="TASKS", value=None, enter=True)
     for alias, name in databases.items():
         connections.settings.get(alias, {})["NAME"] = name
     django.setup()
@@ -1071,10 +1075,14 @@ def _pool(alias):
 
 def _shutdown():
     """At exit: finish the work within SHUTDOWN_TIMEOUT, then abandon what is left."""
+    if _exiting:  # It was called already, by another hook.
+        return
     # Ctrl-C ends the first step. If it cuts off the second one, the third goes on.
-    for step in (_finish_work, _give_up, _give_up):
+    for step in (_finish_work, _give_up, _give_up, _await_children):
         with suppress(BaseException):
             step()
+    for worker in list(_children):
+        worker.kill_child()
 
 
 def _finish_work():
@@ -1097,7 +1105,7 @@ def _is_awaited(pool, begun):
 
 
 def _give_up():
-    """Abandon what is left and end the children. May be called again."""
+    """Abandon what is left. May be called again."""
     global _exiting
     with _children_lock:
         _exiting = True
@@ -1109,11 +1117,12 @@ def _give_up():
     for worker in list(_children):
         if worker.busy:
             worker.kill_child()
+
+
+def _await_children():
     end = time.monotonic() + _PATIENCE
     while _children and time.monotonic() < end:
         time.sleep(0.01)
-    for worker in list(_children):
-        worker.kill_child()
 
 
 # Not atexit: by then Python's executors, which coroutines need, take no more work. The
@@ -1180,7 +1189,7 @@ def _demonstrate():
     django.setup()
     for event in _EVENTS:
         event.connect(_show)
-    parts = ("default", "wait", _demo_wait, 1.0), ("cpu", "sum", _demo_sum, 90_000_000)
+    parts = ("default", "wait", _demo_wait, 1.0), ("cpu", "sum", _demo_sum, 60_000_000)
     for alias, name, function, value in parts:
         print(f"{names[alias]}\n  TASK    STATUS")
         task, begun = tasks.task(backend=alias)(function), time.monotonic()
