@@ -107,7 +107,7 @@ current_result_id = ContextVar("current_result_id")
 
 
 class TaskQueueFull(exceptions.TaskException):
-    """``MAX_PENDING`` tasks are waiting already; this one was not enqueued."""
+    """``MAX_PENDING`` tasks are pending or deferred; this one was not enqueued."""
 
 
 # --- 1. Options: TASKS[alias], checked ------------------------------------------------
@@ -129,16 +129,12 @@ _OPTIONS = {
     "RESULTS_CACHE": (None, _CACHE, _is_shared_cache),
 }
 _PROCESS_OPTIONS = {
-    "TASK_TIMEOUT": (
-        None,
-        "seconds, not 0",
-        lambda value: value and _SECONDS[1](value),
-    ),
+    "TASK_TIMEOUT": (None, "seconds, not 0", lambda v: v and _SECONDS[1](v)),
     "MAX_TASKS_PER_CHILD": (None, *_COUNT),
-    "START_METHOD": (None, f"one of {_START_METHODS}", _START_METHODS.count),
+    "START_METHOD": (None, f"one of {_START_METHODS}", [*_START_METHODS].count),
     "INITIALIZER": (None, "a dotted path", lambda value: "." in str(value)),
 }
-_UNKNOWN = ("", "left out (perhaps it stands beside, such as QUEUES)", ().count)
+_UNKNOWN = (..., "left out (perhaps it stands beside, such as QUEUES)", ().count)
 
 
 def _read_options(alias, params, allowed):
@@ -148,7 +144,7 @@ def _read_options(alias, params, allowed):
         raise InvalidBackend(f"{place} must be a dict with all options, got {params!r}")
     for name, value in given.items():
         default, right, is_right = allowed.get(name, _UNKNOWN)
-        if not is_right(value) and not value is default is None:
+        if value is not default and not is_right(value):
             text = f"must be {right}. Options are {', '.join(allowed)}"
             raise InvalidBackend(f"{place}: {name!r} {text}; got {value!r}")
     return {name: default for name, (default, _, _) in allowed.items()} | given
@@ -183,8 +179,8 @@ class _PoolBackend(BaseTaskBackend):
         self.on_commit = params.get("ENQUEUE_ON_COMMIT", False)
         if self.on_commit not in (False, True, *connections.settings):
             raise InvalidBackend(
-                f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be False, True or a key of "
-                f"DATABASES, got {self.on_commit!r}"
+                f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT'] must be False, True or a key "
+                f"of DATABASES, got {self.on_commit!r}"
             )
 
     def enqueue(self, task, args=(), kwargs=None):
@@ -228,11 +224,10 @@ class _PoolBackend(BaseTaskBackend):
         if not result and cache and len(result_id) == 36:
             result = _read_cache(cache, self.alias, result_id)
         if not result:
-            text = (
-                f"process {os.getpid()} has the last MAX_RESULTS of its own in memory,"
+            raise DoesNotExist(
+                f"No result {result_id!r} of {self.alias!r}: process {os.getpid()} has "
+                f"the last MAX_RESULTS of its own, RESULTS_CACHE ({cache!r}) of others"
             )
-            text += f" RESULTS_CACHE ({cache!r}) those of others"
-            raise DoesNotExist(f"No result {result_id!r} of {self.alias!r}: {text}")
         return result
 
     def wait_result(self, result_id, timeout=None):
@@ -266,7 +261,7 @@ class _PoolBackend(BaseTaskBackend):
         queue = _pool(self.alias).queue
         with queue.pool.lock:
             due = sum(entry[0] <= time.time() for entry in queue.deferred)
-            return {
+            return {  # Nothing is changed, as this may interrupt promote().
                 "pending": len(queue.ready) + due,
                 "deferred": len(queue.deferred) - due,
                 "running": len(queue.taken),
@@ -282,7 +277,8 @@ class _PoolBackend(BaseTaskBackend):
         crew = pool.queue.crew
         pool.close("the pool was closed")
         while current_result_id.get(None) is None and (workers := list(crew)):
-            workers[0].join()
+            with suppress(RuntimeError):  # Its start is under way.
+                workers[0].join()
 
 
 class ThreadPoolBackend(_PoolBackend):
@@ -329,18 +325,20 @@ class _Pool:
         """Keep, announce and queue a result; return a copy. Or leave nothing behind."""
         mine, queue, task = _copy(result), self.queue, result.task
         with self.lock:
-            queue.open(backend)
-            limit = queue.options["MAX_PENDING"]
+            limit = backend.options["MAX_PENDING"]
             if limit and len(self.unfinished) - len(queue.taken) >= limit:
                 raise TaskQueueFull(f"{self.alias!r} has {limit} tasks pending already")
+            queue.open(backend)
             self.unfinished[result.id] = result
         try:
+            queue.hire()  # For what the last crew has left.
             signals.task_enqueued.send(type(backend), task_result=mine)
             self.publish(result)
             due = task.run_after.timestamp() if task.run_after else 0
             with self.lock:
                 queue.open(backend)
                 queue.put(result, task.priority, due)
+            queue.hire()
         except BaseException:
             self.settle(result)
             raise
@@ -389,7 +387,8 @@ class _Pool:
             logger.exception("RESULTS_CACHE %r fails", cache)
 
     def settle(self, result):
-        """Keep a finished result, forget another one, and wake who waits for it."""
+        """Keep a finished result, forget another one, and wake who waits for it. What
+        the exit settles a worker may settle again."""
         finished = result if result.is_finished else None
         with _politely(self.lock):
             self.queue.taken.pop(result.id, None)
@@ -406,7 +405,7 @@ class _Pool:
 
     @contextmanager
     def expect(self, result_id):
-        """Yield a Future of the finished result, or of None if none is awaited."""
+        """Yield a Future of the finished result, or of None if it is not unfinished."""
         if _exiting or current_result_id.get(None) in self.unfinished:
             raise RuntimeError(
                 f"A task of {self.alias!r} must not wait for others of it, nor may the "
@@ -465,16 +464,14 @@ class _Queue:
         """Have workers for this backend, once tasks come."""
         if _exiting:
             raise RuntimeError(f"The process exits, {backend.alias!r} takes no tasks")
-        wanted = (type(backend), backend.options)
+        wanted = type(backend), backend.options
         if self.closed or (self.backend_class, self.options) != wanted:
             self.backend_class, self.options = type(backend), {**backend.options}
             self.crew, self.closed = set(), False
             self.changed.notify_all()
-            self.hire()  # For what the last crew leaves.
 
     def put(self, result, priority, due):
         """Queue a result that is due at a time in seconds since the epoch."""
-        self.hire(1)
         entry = (-priority, next(self.ages), result)
         if due > time.time():
             heappush(self.deferred, (due, *entry))
@@ -483,18 +480,22 @@ class _Queue:
             heappush(self.ready, entry)
             self.changed.notify()
 
-    def hire(self, more=0):
-        """Start a worker if more is to do than workers are free."""
-        wanted = len(self.ready) + bool(self.deferred) + more
-        hired = len(self.crew)
-        if wanted > hired - len(self.taken) and hired < self.options["MAX_WORKERS"]:
+    def hire(self):
+        """Start one worker if what is queued exceeds the free ones. Not under the lock:
+        a start waits for the new thread, where ``__del__`` may want it."""
+        with self.pool.lock:
+            free = len(self.crew) - len(self.taken)
+            wanted = len(self.ready) + bool(self.deferred)
+            if wanted <= free or len(self.crew) >= self.options["MAX_WORKERS"]:
+                return
             worker = self.backend_class.worker_class(self)
-            try:
-                worker.start()
-                self.crew.add(worker)
-            except (RuntimeError, MemoryError):
-                if not hired:  # Else those who are there must do.
-                    raise
+            self.crew.add(worker)
+        try:
+            worker.start()
+        except Exception:
+            worker.crew.discard(worker)
+            if not self.crew:  # Else those who are there must do.
+                raise
 
     def get(self, worker):
         """Wait for a result and take it. None: the worker has to leave."""
@@ -503,23 +504,23 @@ class _Queue:
                 if self.promote():
                     result = heappop(self.ready)[-1]
                     self.taken[result.id] = result
-                    self.hire()
                     return result
                 if self.closed:
                     break
-                left = self.deferred[0][0] - time.time() if self.deferred else None
-                self.changed.wait(left)
+                # The clock may be set, so nobody waits for longer than a minute.
+                left = self.deferred[0][0] - time.time() if self.deferred else 60
+                self.changed.wait(min(left, 60))
 
     def promote(self):
-        """Make ready what is due; return what is ready."""
+        """Make ready what is due, drop what was abandoned; return what is ready."""
         while self.deferred and self.deferred[0][0] <= time.time():
             heappush(self.ready, heappop(self.deferred)[1:])
+        while self.ready and self.ready[0][-1].id not in self.pool.unfinished:
+            heappop(self.ready)
         return self.ready
 
     def is_busy(self):
-        # Nothing is changed: a signal handler may ask while promote() is at work.
-        is_due = self.deferred and self.deferred[0][0] <= time.time()
-        return self.ready or self.taken or is_due
+        return self.promote() or self.taken
 
     def close(self):
         """Have the workers leave once nothing is ready; return what is deferred."""
@@ -543,6 +544,7 @@ class _ThreadWorker(threading.Thread):
         try:
             base = _base_context()
             while result := self.queue.get(self):
+                self.queue.hire()  # If there is more to do.
                 base.copy().run(self.queue.pool.run, result, self)
                 self.tidy(last=False)
             self.tidy(last=True)
@@ -559,7 +561,7 @@ class _ThreadWorker(threading.Thread):
         return _call(result.task, _own(result.args), _own(result.kwargs), context)
 
     def tidy(self, last):
-        """Make order after a task, or after the last one."""
+        """Clean up after a task, or after the last one."""
         if last:
             connections.close_all()
 
@@ -578,15 +580,13 @@ def _politely(lock):
 
 # --- 5. Results -----------------------------------------------------------------------
 _FIELDS = list(TaskResult.__dataclass_fields__)
-_TIMES = ("enqueued_at", "started_at", "last_attempted_at", "finished_at")
 _KEY, _numbers = os.urandom(64), itertools.count()
 
 
 def _new_id():
     """Return a UUID, as good as random. ``os.urandom`` would give up the GIL."""
-    number = f"{os.getpid()} {next(_numbers)}".encode()
-    digest = blake2b(number, key=_KEY, digest_size=16).digest()
-    return str(uuid.UUID(bytes=digest, version=4))
+    keyed = blake2b(f"{os.getpid()} {next(_numbers)}".encode(), key=_KEY)
+    return str(uuid.UUID(bytes=keyed.digest()[:16], version=4))
 
 
 def _change(frozen, **values):
@@ -603,10 +603,7 @@ def _new_result(values):
 
 def _copy(result):
     """Return a TaskResult that shares nothing that can be changed."""
-    copy = object.__new__(TaskResult)
-    for name in _FIELDS:
-        object.__setattr__(copy, name, _own(getattr(result, name)))
-    return copy
+    return _new_result({name: _own(getattr(result, name)) for name in _FIELDS})
 
 
 def _own(value):
@@ -638,7 +635,7 @@ def _pack(result):
     """Return a TaskResult as plain data and datetimes, as it leaves this process."""
     packed, task = _values(result), _values(result.task)
     packed |= {"path": result.task.module_path, "run_after": task["run_after"]}
-    packed["errors"] = [(e.exception_class_path, e.traceback) for e in result.errors]
+    packed["errors"] = [*map(_values, result.errors)]
     plain = (str, int, float)
     packed["task"] = {k: value for k, value in task.items() if isinstance(value, plain)}
     return packed
@@ -647,16 +644,13 @@ def _pack(result):
 def _unpack(packed):
     """Return the TaskResult that was packed. Import the module of its task."""
     values = dict(packed)
-    for name in (*_TIMES, "run_after"):
-        if isinstance(values[name], str):  # It has come as JSON text.
-            values[name] = datetime.fromisoformat(values[name])
+    for name, value in packed.items():
+        if name.endswith(("_at", "_after")) and isinstance(value, str):  # From JSON.
+            values[name] = datetime.fromisoformat(value)
     changed = values["task"] | {"run_after": values.pop("run_after")}
     values["task"] = replace(_load_task(values.pop("path")), **changed)
     values["status"] = Status(values["status"])
-    values["errors"] = [
-        TaskError(exception_class_path=path, traceback=text)
-        for path, text in values["errors"]
-    ]
+    values["errors"] = [TaskError(**error) for error in values["errors"]]
     return _new_result(values)
 
 
@@ -666,7 +660,6 @@ def _load_task(path):
 
 
 # RESULTS_CACHE holds JSON text: [host, namespace of process ids, pid, packed result].
-
 _CACHE_KEY = "django_tasks_local.{}.{}"
 _NAMESPACE = "/proc/self/ns/pid"  # On Linux.
 _HOST = [socket.gethostname(), os.path.exists(_NAMESPACE) and os.readlink(_NAMESPACE)]
@@ -680,7 +673,8 @@ def _write_cache(cache, result):
 
 def _read_cache(cache, alias, result_id):
     """Return a result, or None. One whose process is gone from this host is FAILED."""
-    text = caches[cache].get(_CACHE_KEY.format(alias, result_id))
+    key = _CACHE_KEY.format(alias, result_id)
+    text = caches[cache].get(key)
     if not text:
         return None
     *host, pid, packed = json.loads(text)
@@ -690,6 +684,8 @@ def _read_cache(cache, alias, result_id):
         raise DoesNotExist(f"The task of {result_id!r} is gone: {error}") from error
     is_gone = host == _HOST and host[1] and not os.path.exists(f"/proc/{pid}")
     if is_gone and not result.is_finished:
+        if caches[cache].get(key) != text:  # It was the last that its process did.
+            return _read_cache(cache, alias, result_id)
         error = _task_error(RuntimeError(f"Process {pid} ended before the task did"))
         _change(result, status=Status.FAILED, errors=[error], finished_at=now())
         _write_cache(cache, result)
@@ -718,11 +714,12 @@ async def _await(function, *args, **kwargs):
 
 
 def _call(task, args, kwargs, result):
-    """Call a task, in an event loop of its own if it is a coroutine function."""
+    """Call a task, in an event loop of its own if it is a coroutine function. With its
+    result if it takes the context."""
     function = task.func
     if iscoroutinefunction(function):
         function = async_to_sync(partial(_await, function))
-    if task.takes_context:
+    if result:
         args = [tasks.TaskContext(task_result=result), *args]
     return _json(function(*args, **kwargs), TypeError, task.module_path, "return value")
 
@@ -758,18 +755,18 @@ def _task_error(error):
         while frames and frames.tb_frame.f_globals.get("__name__") in _CALLERS:
             frames = frames.tb_next
         text = "".join(traceback.format_exception(kind, error, frames))
-        if type(cause) is _RemoteTraceback:
-            path, text = cause.path, str(cause)
+        if type(cause) is _RemoteTraceback and not _parent:
+            return cause.described
     return TaskError(exception_class_path=path, traceback=text or f"{path}\n")
 
 
 # --- 7. Child processes ---------------------------------------------------------------
-# The messages, by turns to the child, to the parent, to the parent, to the child:
-#   "run", id, path, args, kwargs, packed result or False   run a task
-#   "done", value   or   "failed", packed error             the answer: so it did
-#   "_submit", alias, packed result                         while it runs: do this
-#   "get_result", alias, id                                 or this
-#   "done", packed result   or   "failed", packed error     the answer to that
+# The messages. A child that is set up sends its first answer, then parent and child:
+#   --> "run", id, path, args, kwargs, packed result or False   run a task
+#   <-- "_submit", alias, packed result                         while it runs: do this
+#   <-- "get_result", alias, id                                 or this
+#   --> "done", packed result   or   "failed", error            the answer to that
+#   <-- "done", value   or   "failed", (TaskError, pickled)     the answer: so it did
 
 _SET_UP_TIMEOUT = 60  # Seconds for a child to start.
 _PATIENCE = 5  # Seconds for a free child to end itself, with its exit hooks.
@@ -789,28 +786,27 @@ def _outcome(function, *args):
         described, pickled = _task_error(error), b""
         with suppress(BaseException):
             pickled = pickle.dumps(error)
-        error = described.exception_class_path, described.traceback, pickled
-        return pickle.dumps(("failed", error))
+        return pickle.dumps(("failed", (described, pickled)))
 
 
 def _take(kind, content):
     """Return what such a message says; raise its error, or one with its text."""
     if kind == "done":
         return content
-    path, text, pickled = content
-    cause = _RemoteTraceback(text)
-    cause.path = path
+    described, pickled = content
+    cause = _RemoteTraceback(described.traceback)
+    cause.described = described
     try:
         error = pickle.loads(pickled)
-    except Exception:
-        error = RuntimeError(text.strip().rpartition("\n")[2])
+    except BaseException:
+        error = RuntimeError(described.traceback.strip().rpartition("\n")[2])
     raise error from cause
 
 
 class _ProcessWorker(_ThreadWorker):
     """Has a child process of its own run the tasks."""
 
-    tasks = 0  # How many the child was sent.
+    sent = 0  # The number of tasks that the child was sent.
 
     def prepare(self):
         if self in _children and (self.outdated or self.databases != _databases()):
@@ -821,14 +817,15 @@ class _ProcessWorker(_ThreadWorker):
 
     def start_child(self):
         """Start a process and wait until it is set up."""
-        self.tasks, self.busy, self.outdated = 0, True, False  # By changed settings.
+        self.sent, self.busy = 0, True  # Busy: the child does not end by itself.
+        self.outdated = False  # By changed settings.
         self.databases = _databases()
-        if _main_file:  # At exit CPython deletes this, but children import the script.
-            sys.modules["__main__"].__file__ = _main_file
         with _children_lock:
             if _exiting:
                 raise RuntimeError("The process exits: no child process is started")
             context = _multiprocessing_context(self.options["START_METHOD"])
+            if _main_file:  # CPython deletes this at exit, but children import it.
+                sys.modules["__main__"].__file__ = _main_file
             self.pipe, pipe = context.Pipe()
             alive, self.alive = context.Pipe(duplex=False)  # Nothing is written to it.
             args = (pipe, alive, self.options["INITIALIZER"], *_site(), self.databases)
@@ -853,7 +850,7 @@ class _ProcessWorker(_ThreadWorker):
             self.end_child()
             result.worker_ids[:] = [self.prepare()]
             self.pipe.send_bytes(message)
-        self.tasks += 1
+        self.sent += 1
         return self.receive(self.options["TASK_TIMEOUT"])
 
     def receive(self, timeout):
@@ -882,7 +879,7 @@ class _ProcessWorker(_ThreadWorker):
 
     def tidy(self, last):
         super().tidy(last)
-        last = last or self.tasks == self.options["MAX_TASKS_PER_CHILD"]
+        last = last or self.sent == self.options["MAX_TASKS_PER_CHILD"]
         if last and self in _children:
             self.end_child(_PATIENCE)
 
@@ -969,11 +966,6 @@ class _Parent:
             self.listens = True
         return _unpack(_take(*answer))
 
-    def answer(self, message):
-        with self.lock:
-            self.listens = False
-            self.pipe.send_bytes(message)
-
 
 _NO_TASK = (
     "In a child process only its running task may use backends, to enqueue and get "
@@ -986,14 +978,17 @@ def _child_main(pipe, alive, *site):
     global _parent
     _leave_with_parent(alive)
     _parent = _Parent(pipe)
-    _parent.answer(_outcome(_set_up, *site))
+    pipe.send_bytes(_outcome(_set_up, *site))
     with suppress(EOFError, OSError):
         base = _base_context()
         while True:
             message = pipe.recv()
             if message[0] == "run":  # Else the answer to a call that was cut off.
                 _parent.listens = True
-                _parent.answer(base.copy().run(_outcome, _run, *message[1:]))
+                outcome = base.copy().run(_outcome, _run, *message[1:])
+                with _parent.lock:
+                    _parent.listens = False
+                    pipe.send_bytes(outcome)
     atexit._run_exitfuncs()
 
 
@@ -1078,9 +1073,13 @@ def _shutdown():
     if _exiting:  # It was called already, by another hook.
         return
     # Ctrl-C ends the first step. If it cuts off the second one, the third goes on.
-    for step in (_finish_work, _give_up, _give_up, _await_children):
+    for step in _finish_work, _give_up, _give_up:
         with suppress(BaseException):
             step()
+    end = time.monotonic() + _PATIENCE
+    with suppress(BaseException):
+        while _children and time.monotonic() < end:
+            time.sleep(0.01)
     for worker in list(_children):
         worker.kill_child()
 
@@ -1100,8 +1099,9 @@ def _finish_work():
 
 def _is_awaited(pool, begun):
     limit = pool.queue.options["SHUTDOWN_TIMEOUT"]
-    has_time = limit is None or time.monotonic() < begun + limit
-    return has_time and pool.queue.is_busy()
+    in_time = limit is None or time.monotonic() < begun + limit
+    with pool.lock:
+        return in_time and pool.queue.is_busy()
 
 
 def _give_up():
@@ -1119,12 +1119,6 @@ def _give_up():
             worker.kill_child()
 
 
-def _await_children():
-    end = time.monotonic() + _PATIENCE
-    while _children and time.monotonic() < end:
-        time.sleep(0.01)
-
-
 # Not atexit: by then Python's executors, which coroutines need, take no more work. The
 # last hook runs first: this one before that of concurrent.futures, imported above.
 threading._register_atexit(_shutdown)
@@ -1132,19 +1126,21 @@ threading._register_atexit(_shutdown)
 
 def _after_fork_in_child():
     """Have a forked copy start with nothing of its parent's."""
+    global _KEY
+    _KEY = os.urandom(64)
     _children_lock.release()
     for child in _children:
         child.pipe.close()
         child.alive.close()
     multiprocessing.process._children.clear()
-    for state in (_pools, _children, _coroutines):
+    for state in _pools, _children, _coroutines:
         state.clear()
     if _parent:
         _parent.pipe.close()
-        _parent.listens = False
+        _parent.__init__(_parent.pipe)  # Its lock may be held, and nobody listens.
     for event in _EVENTS:
         event.lock = threading.Lock()  # Another thread may have held it,
-    for handler in (tasks.task_backends, caches):  # and the locks of these.
+    for handler in tasks.task_backends, caches:  # and the locks of these.
         handler.__init__()
 
 
@@ -1177,7 +1173,7 @@ def _demo_sum(name, limit):
 
 
 def _show(task_result, **kwargs):
-    print(f"  {task_result.args[0]:8}{task_result.status}")
+    print(f"  {task_result.args[0]:8}{task_result.status}\n", end="")
 
 
 def _demonstrate():
@@ -1189,17 +1185,16 @@ def _demonstrate():
     django.setup()
     for event in _EVENTS:
         event.connect(_show)
-    parts = ("default", "wait", _demo_wait, 1.0), ("cpu", "sum", _demo_sum, 60_000_000)
+    parts = ("default", "wait", _demo_wait, 1.0), ("cpu", "sum", _demo_sum, 100_000_000)
     for alias, name, function, value in parts:
         print(f"{names[alias]}\n  TASK    STATUS")
         task, begun = tasks.task(backend=alias)(function), time.monotonic()
-        for number, argument in enumerate([value, value, value, "many"], 1):
-            task.enqueue(f"{name}-{number}", argument)
+        for number in range(1, 4):
+            task.enqueue(f"{name}-{number}", value)
         task.get_backend().join()
         print(f"  All done after {time.monotonic() - begun:.1f} s")
     print("Next: First task in two minutes, in README.md")
 
 
 if __name__ == "__main__":  # Children find the tasks under the module's own name.
-    logging.disable()
     import_string(f"{__spec__.name}._demonstrate")()
