@@ -30,14 +30,12 @@ Locks: ``_Pool.lock``, one for each alias, guards its results, queue and workers
 ``_children_lock`` guards ``_children`` and keeps forks away from the start of a child.
 ``_Parent.lock``, in a child, lets one thread at a time talk to the parent. Under none
 is another one taken, a signal sent or a task called. They are re-entrant: a signal
-handler or ``__del__`` may call a backend between any two lines.
+handler or ``__del__`` may call stats() and get_result() between any two lines.
 
 Private interfaces: ``threading._register_atexit`` (the exit has to wait before Python
 ends its executors), ``atexit._run_exitfuncs`` (children skip it before Python 3.13),
 ``multiprocessing.process._children`` (a forked copy must not join them) and Django's
-``TaskResult._return_value``. All is in memory: a killed process loses it. With threads
-only, skip section 7.
-"""
+``TaskResult._return_value``. All is in memory: a killed process loses it."""
 
 import asyncio
 import atexit
@@ -240,8 +238,9 @@ class _PoolBackend(BaseTaskBackend):
     async def await_result(self, result_id, timeout=None):
         """Do as ``wait_result``, without blocking the event loop."""
         with _pool(self.alias).expect(str(result_id)) as future:
-            await asyncio.wait_for(asyncio.wrap_future(future), timeout)
-        return self._finished(future.result() or await self.aget_result(result_id))
+            await asyncio.wait([asyncio.wrap_future(future)], timeout=timeout)
+            result = future.result(0) or await self.aget_result(result_id)
+        return self._finished(result)
 
     def _finished(self, result):
         if result.is_finished:
@@ -331,7 +330,7 @@ class _Pool:
             queue.open(backend)
             self.unfinished[result.id] = result
         try:
-            queue.hire()  # For what the last crew has left.
+            queue.hire(1)
             signals.task_enqueued.send(type(backend), task_result=mine)
             self.publish(result)
             due = task.run_after.timestamp() if task.run_after else 0
@@ -387,8 +386,7 @@ class _Pool:
             logger.exception("RESULTS_CACHE %r fails", cache)
 
     def settle(self, result):
-        """Keep a finished result, forget another one, and wake who waits for it. What
-        the exit settles a worker may settle again."""
+        """Keep a finished result, forget another one, and wake who waits for it."""
         finished = result if result.is_finished else None
         with _politely(self.lock):
             self.queue.taken.pop(result.id, None)
@@ -412,15 +410,14 @@ class _Pool:
                 "exit: have it enqueue a task that goes on, or give it another alias"
             )
         future = Future()
-        future.set_running_or_notify_cancel()  # Nobody may cancel it.
         with self.lock:
             if result_id in self.unfinished:
                 self.waiting.setdefault(result_id, set()).add(future)
             else:
                 future.set_result(None)
         try:
-            yield future  # Up to Python 3.10 these are not all the same:
-        except (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError):
+            yield future  # Up to Python 3.10 these are not the same:
+        except (concurrent.futures.TimeoutError, TimeoutError):
             raise TimeoutError(
                 f"{result_id or 'A task'} of {self.alias!r} is not finished"
             ) from None
@@ -480,12 +477,12 @@ class _Queue:
             heappush(self.ready, entry)
             self.changed.notify()
 
-    def hire(self):
-        """Start one worker if what is queued exceeds the free ones. Not under the lock:
-        a start waits for the new thread, where ``__del__`` may want it."""
+    def hire(self, more=0):
+        """Start one worker if ``more`` and what is queued exceed the free ones. Not
+        under the lock: the new thread may want it before it counts as started."""
         with self.pool.lock:
             free = len(self.crew) - len(self.taken)
-            wanted = len(self.ready) + bool(self.deferred)
+            wanted = len(self.ready) + bool(self.deferred) + more
             if wanted <= free or len(self.crew) >= self.options["MAX_WORKERS"]:
                 return
             worker = self.backend_class.worker_class(self)
@@ -714,8 +711,7 @@ async def _await(function, *args, **kwargs):
 
 
 def _call(task, args, kwargs, result):
-    """Call a task, in an event loop of its own if it is a coroutine function. With its
-    result if it takes the context."""
+    """Call a task, a coroutine function in an event loop of its own."""
     function = task.func
     if iscoroutinefunction(function):
         function = async_to_sync(partial(_await, function))
@@ -762,7 +758,7 @@ def _task_error(error):
 
 # --- 7. Child processes ---------------------------------------------------------------
 # The messages. A child that is set up sends its first answer, then parent and child:
-#   --> "run", id, path, args, kwargs, packed result or False   run a task
+#   --> id, path, args, kwargs, packed result or False          run a task
 #   <-- "_submit", alias, packed result                         while it runs: do this
 #   <-- "get_result", alias, id                                 or this
 #   --> "done", packed result   or   "failed", error            the answer to that
@@ -809,7 +805,7 @@ class _ProcessWorker(_ThreadWorker):
     sent = 0  # The number of tasks that the child was sent.
 
     def prepare(self):
-        if self in _children and (self.outdated or self.databases != _databases()):
+        if self in _children and self.site != (_settings_age, _databases()):
             self.end_child(_PATIENCE)
         if self not in _children:
             self.start_child()
@@ -818,8 +814,7 @@ class _ProcessWorker(_ThreadWorker):
     def start_child(self):
         """Start a process and wait until it is set up."""
         self.sent, self.busy = 0, True  # Busy: the child does not end by itself.
-        self.outdated = False  # By changed settings.
-        self.databases = _databases()
+        self.site = _settings_age, _databases()
         with _children_lock:
             if _exiting:
                 raise RuntimeError("The process exits: no child process is started")
@@ -828,7 +823,7 @@ class _ProcessWorker(_ThreadWorker):
                 sys.modules["__main__"].__file__ = _main_file
             self.pipe, pipe = context.Pipe()
             alive, self.alive = context.Pipe(duplex=False)  # Nothing is written to it.
-            args = (pipe, alive, self.options["INITIALIZER"], *_site(), self.databases)
+            args = pipe, alive, self.options["INITIALIZER"], *_site(), self.site[1]
             self.process = context.Process(None, _child_main, _CHILD_NAME, args)
             with pipe, alive:
                 self.process.start()
@@ -842,7 +837,7 @@ class _ProcessWorker(_ThreadWorker):
     def execute(self, result):
         task = result.task
         packed = task.takes_context and _pack(result)
-        run = ("run", result.id, task.module_path, result.args, result.kwargs, packed)
+        run = result.id, task.module_path, result.args, result.kwargs, packed
         message = pickle.dumps(run)
         try:
             self.pipe.send_bytes(message)
@@ -960,9 +955,13 @@ class _Parent:
         with self.lock:
             if not self.listens:
                 raise RuntimeError(_NO_TASK)
-            self.listens = False  # And so it stays if an exception cuts off the call.
-            self.pipe.send(request)
-            answer = self.pipe.recv()
+            self.listens = False
+            try:
+                self.pipe.send(request)
+                answer = self.pipe.recv()
+            except BaseException:  # Cut off by a signal handler, in mid-message.
+                self.pipe.close()
+                raise
             self.listens = True
         return _unpack(_take(*answer))
 
@@ -983,12 +982,11 @@ def _child_main(pipe, alive, *site):
         base = _base_context()
         while True:
             message = pipe.recv()
-            if message[0] == "run":  # Else the answer to a call that was cut off.
-                _parent.listens = True
-                outcome = base.copy().run(_outcome, _run, *message[1:])
-                with _parent.lock:
-                    _parent.listens = False
-                    pipe.send_bytes(outcome)
+            _parent.listens = True
+            outcome = base.copy().run(_outcome, _run, *message)
+            with _parent.lock:
+                _parent.listens = False
+                pipe.send_bytes(outcome)
     atexit._run_exitfuncs()
 
 
@@ -1002,8 +1000,8 @@ def _run(result_id, path, args, kwargs, packed):
 
 
 def _leave_with_parent(alive):
-    """Leave Ctrl-C to the parent. Die with it, seen by the end of ``alive``: a thread
-    waits for that, and on Linux the kernel, too, as a task may hold the GIL."""
+    """Leave Ctrl-C to the parent. Die with it, at the end of ``alive``: a thread waits
+    for that, and on Linux the kernel, too, as a task may hold the GIL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
@@ -1051,6 +1049,7 @@ _pools = {}  # By alias. In a child it is empty.
 _children = set()  # Each _ProcessWorker that has one. In a child it is empty.
 _children_lock = threading.RLock()
 _parent = None  # In a child the _Parent.
+_settings_age = 0  # How often they were changed.
 _EVENTS = (signals.task_enqueued, signals.task_started, signals.task_finished)
 _exiting = False  # Whether the exit has given up: nothing is started any more.
 ThreadPoolBackend.worker_class = _ThreadWorker
@@ -1130,8 +1129,9 @@ def _after_fork_in_child():
     _KEY = os.urandom(64)
     _children_lock.release()
     for child in _children:
-        child.pipe.close()
-        child.alive.close()
+        with suppress(OSError):  # Another thread was closing it.
+            child.alive.close()
+            child.pipe.close()
     multiprocessing.process._children.clear()
     for state in _pools, _children, _coroutines:
         state.clear()
@@ -1154,8 +1154,8 @@ if hasattr(os, "register_at_fork"):
 
 def _follow_settings(*, setting, **kwargs):
     """Have children replaced, and if TASKS changes close the pools."""
-    for child in list(_children):
-        child.outdated = True
+    global _settings_age
+    _settings_age += 1
     for pool in list(_pools.values()) if setting == "TASKS" else ():
         pool.close("TASKS has changed")
 
