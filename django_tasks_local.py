@@ -330,14 +330,14 @@ class _Pool:
             queue.open(backend)
             self.unfinished[result.id] = result
         try:
-            queue.hire(1)
+            queue.hire(1)  # It raises before others are told of the task.
             signals.task_enqueued.send(type(backend), task_result=mine)
             self.publish(result)
             due = task.run_after.timestamp() if task.run_after else 0
             with self.lock:
                 queue.open(backend)
                 queue.put(result, task.priority, due)
-            queue.hire()
+            queue.hire()  # Others may have come first, or a new crew.
         except BaseException:
             self.settle(result)
             raise
