@@ -52,7 +52,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from collections import OrderedDict
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -62,7 +61,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from hashlib import blake2b
 from heapq import heappop, heappush
-from inspect import iscoroutinefunction, unwrap
+from inspect import isawaitable, unwrap
+from operator import attrgetter
 
 import django
 from asgiref.sync import async_to_sync
@@ -191,7 +191,8 @@ class _PoolBackend(BaseTaskBackend):
         kwargs = {k: _json(value, kind, path, k) for k, value in (kwargs or {}).items()}
         values = dict.fromkeys(_FIELDS) | {"task": task, "args": args, "kwargs": kwargs}
         values |= {"id": _new_id(), "backend": self.alias, "status": Status.READY}
-        result = _new_result(values | {"errors": [], "worker_ids": []})
+        values |= {"errors": [], "worker_ids": []}
+        result = _new_result(values.items())
         on_commit = getattr(task, "enqueue_on_commit", None)
         if on_commit is None:
             on_commit = self.on_commit
@@ -582,25 +583,31 @@ _KEY, _numbers = os.urandom(64), itertools.count()
 
 def _new_id():
     """Return a UUID, as good as random. ``os.urandom`` would give up the GIL."""
-    keyed = blake2b(f"{os.getpid()} {next(_numbers)}".encode(), key=_KEY)
-    return str(uuid.UUID(bytes=keyed.digest()[:16], version=4))
+    number = b"%d %d" % (os.getpid(), next(_numbers))
+    x = blake2b(number, digest_size=16, key=_KEY).hexdigest()
+    return f"{x[:8]}-{x[8:12]}-4{x[13:16]}-8{x[17:20]}-{x[20:]}"
+
+
+_set, _get_all = object.__setattr__, attrgetter(*_FIELDS)
 
 
 def _change(frozen, **values):
     """Set fields of a frozen dataclass, as Django's own backends do."""
     for name, value in values.items():
-        object.__setattr__(frozen, name, value)
+        _set(frozen, name, value)
 
 
-def _new_result(values):
-    result = object.__new__(TaskResult)  # Its constructor would convert them again.
-    _change(result, **values)
+def _new_result(fields):
+    """Return a TaskResult. Its constructor would convert the arguments again."""
+    result = object.__new__(TaskResult)
+    for name, value in fields:
+        _set(result, name, value)
     return result
 
 
 def _copy(result):
     """Return a TaskResult that shares nothing that can be changed."""
-    return _new_result({name: _own(getattr(result, name)) for name in _FIELDS})
+    return _new_result(zip(_FIELDS, map(_own, _get_all(result))))
 
 
 def _own(value):
@@ -648,7 +655,7 @@ def _unpack(packed):
     values["task"] = replace(_load_task(values.pop("path")), **changed)
     values["status"] = Status(values["status"])
     values["errors"] = [TaskError(**error) for error in values["errors"]]
-    return _new_result(values)
+    return _new_result(values.items())
 
 
 def _load_task(path):
@@ -702,22 +709,22 @@ def _base_context():
 _coroutines = set()  # The asyncio tasks that run, for the exit to cancel.
 
 
-async def _await(function, *args, **kwargs):
+async def _await(value):
     _coroutines.add(asyncio.current_task())
     try:
-        return await function(*args, **kwargs)
+        return await value
     finally:
         _coroutines.discard(asyncio.current_task())
 
 
 def _call(task, args, kwargs, result):
-    """Call a task, a coroutine function in an event loop of its own."""
-    function = task.func
-    if iscoroutinefunction(function):
-        function = async_to_sync(partial(_await, function))
+    """Call a task. What is awaitable is awaited in an event loop of its own."""
     if result:
         args = [tasks.TaskContext(task_result=result), *args]
-    return _json(function(*args, **kwargs), TypeError, task.module_path, "return value")
+    value = task.func(*args, **kwargs)
+    if isawaitable(value):
+        value = async_to_sync(_await)(value)
+    return _json(value, TypeError, task.module_path, "return value")
 
 
 def _clean_connections():

@@ -1423,6 +1423,7 @@ def from_garbage_collector(call):
         gc.set_threshold(*threshold)
 
 
+@pytest.mark.skipif(bool(sys.gettrace()), reason="coverage's own lock would hang")
 @pytest.mark.parametrize("caller", [from_signal_handler, from_garbage_collector])
 @pytest.mark.parametrize("method", ["stats", "get_result"])
 def test_code_between_any_two_lines_may_call_a_backend(
