@@ -62,7 +62,7 @@ from functools import partial
 from hashlib import blake2b
 from heapq import heappop, heappush
 from inspect import isawaitable, unwrap
-from operator import attrgetter
+from multiprocessing.connection import wait
 
 import django
 from asgiref.sync import async_to_sync
@@ -87,17 +87,11 @@ else:
     from django_tasks.utils import normalize_json
 
 TaskResult, Status = tasks.TaskResult, tasks.TaskResultStatus
-DoesNotExist, _NAMES = exceptions.TaskResultDoesNotExist, vars(exceptions)
-InvalidTask = _NAMES.get("InvalidTask") or _NAMES["InvalidTaskError"]  # The backport.
+DoesNotExist = exceptions.TaskResultDoesNotExist
+_NAMES = vars(exceptions)  # Those of the backport end in Error.
+InvalidTask = _NAMES.get("InvalidTask") or _NAMES["InvalidTaskError"]
 InvalidBackend = _NAMES.get("InvalidTaskBackend") or _NAMES["InvalidTaskBackendError"]
 
-__all__ = [
-    "LocalTask",
-    "ProcessPoolBackend",
-    "TaskQueueFull",
-    "ThreadPoolBackend",
-    "current_result_id",
-]
 __version__ = "2.0.0"
 logger = logging.getLogger("django_tasks_local")
 current_result_id = ContextVar("current_result_id")
@@ -110,8 +104,8 @@ class TaskQueueFull(exceptions.TaskException):
 
 # --- 1. Options: TASKS[alias], checked ------------------------------------------------
 def _is_shared_cache(value):
-    known, private = list(settings.CACHES), ("LocMemCache", "DummyCache")
-    return value in known and not settings.CACHES[value]["BACKEND"].endswith(private)
+    known, private = settings.CACHES, ("LocMemCache", "DummyCache")
+    return value in [*known] and not known[value]["BACKEND"].endswith(private)
 
 
 _START_METHODS = ["forkserver", "spawn"] if hasattr(os, "fork") else ["spawn"]
@@ -186,21 +180,19 @@ class _PoolBackend(BaseTaskBackend):
         InvalidTask; TypeError, or for processes ValueError, for arguments that are not
         JSON; TaskQueueFull; RuntimeError at exit, or if no thread can be started."""
         self.validate_task(task)
-        kind, path = self.argument_error, task.module_path
-        args = [_json(value, kind, path, name) for name, value in enumerate(args, 1)]
-        kwargs = {k: _json(value, kind, path, k) for k, value in (kwargs or {}).items()}
+        kind, kwargs = self.argument_error, kwargs or {}
+        args = [_json(value, kind, task, name) for name, value in enumerate(args, 1)]
+        kwargs = {name: _json(kwargs[name], kind, task, name) for name in kwargs}
         values = dict.fromkeys(_FIELDS) | {"task": task, "args": args, "kwargs": kwargs}
         values |= {"id": _new_id(), "backend": self.alias, "status": Status.READY}
-        values |= {"errors": [], "worker_ids": []}
-        result = _new_result(values.items())
+        result = _new_result(values | {"errors": [], "worker_ids": []})
         on_commit = getattr(task, "enqueue_on_commit", None)
         if on_commit is None:
             on_commit = self.on_commit
         using = on_commit if isinstance(on_commit, str) else None  # The default one.
         if on_commit and transaction.get_connection(using).in_atomic_block:
-            mine = _copy(result)
-            transaction.on_commit(partial(self._submit, result), using)
-            return mine
+            transaction.on_commit(partial(self._submit, _copy(result)), using)
+            return result
         return self._submit(result)
 
     def _submit(self, result):
@@ -371,7 +363,9 @@ class _Pool:
             _change(result, status=status, **values)
         try:
             self.publish(result)
-            event.send_robust(self.queue.backend_class, task_result=_copy(result))
+            mine = _copy(result)
+            _politely(event.lock)  # Receivers are looked up under it.
+            event.send_robust(self.queue.backend_class, task_result=mine)
         except BaseException:  # Nothing that others raise may end a worker.
             with suppress(BaseException):
                 logger.exception("A receiver raised for task result %s", result.id)
@@ -447,8 +441,6 @@ class _Queue:
     """What is to be done, and a crew of workers for it. A crew serves a backend class
     with its options. It leaves for another one, or if the queue is closed and empty."""
 
-    ages = itertools.count()
-
     def __init__(self, pool):
         self.pool = pool
         self.changed = threading.Condition(pool.lock)  # Free workers wait for it.
@@ -464,13 +456,13 @@ class _Queue:
             raise RuntimeError(f"The process exits, {backend.alias!r} takes no tasks")
         wanted = type(backend), backend.options
         if self.closed or (self.backend_class, self.options) != wanted:
-            self.backend_class, self.options = type(backend), {**backend.options}
+            self.backend_class, self.options = wanted
             self.crew, self.closed = set(), False
             self.changed.notify_all()
 
     def put(self, result, priority, due):
         """Queue a result that is due at a time in seconds since the epoch."""
-        entry = (-priority, next(self.ages), result)
+        entry = (-priority, next(_numbers), result)
         if due > time.time():
             heappush(self.deferred, (due, *entry))
             self.changed.notify_all()  # They may have to wait for less long.
@@ -546,6 +538,7 @@ class _ThreadWorker(threading.Thread):
                 base.copy().run(self.queue.pool.run, result, self)
                 self.tidy(last=False)
             self.tidy(last=True)
+            connections.close_all()
         finally:
             self.crew.discard(self)
 
@@ -560,8 +553,6 @@ class _ThreadWorker(threading.Thread):
 
     def tidy(self, last):
         """Clean up after a task, or after the last one."""
-        if last:
-            connections.close_all()
 
 
 def _politely(lock):
@@ -577,18 +568,14 @@ def _politely(lock):
 
 
 # --- 5. Results -----------------------------------------------------------------------
-_FIELDS = list(TaskResult.__dataclass_fields__)
+_FIELDS, _set = list(TaskResult.__dataclass_fields__), object.__setattr__
 _KEY, _numbers = os.urandom(64), itertools.count()
 
 
 def _new_id():
     """Return a UUID, as good as random. ``os.urandom`` would give up the GIL."""
-    number = b"%d %d" % (os.getpid(), next(_numbers))
-    x = blake2b(number, digest_size=16, key=_KEY).hexdigest()
+    x = blake2b(b"%d" % next(_numbers), digest_size=16, key=_KEY).hexdigest()
     return f"{x[:8]}-{x[8:12]}-4{x[13:16]}-8{x[17:20]}-{x[20:]}"
-
-
-_set, _get_all = object.__setattr__, attrgetter(*_FIELDS)
 
 
 def _change(frozen, **values):
@@ -597,17 +584,18 @@ def _change(frozen, **values):
         _set(frozen, name, value)
 
 
-def _new_result(fields):
-    """Return a TaskResult. Its constructor would convert the arguments again."""
-    result = object.__new__(TaskResult)
-    for name, value in fields:
-        _set(result, name, value)
+def _new_result(values):
+    result = object.__new__(TaskResult)  # Its constructor would convert them again.
+    _change(result, **values)
     return result
 
 
 def _copy(result):
     """Return a TaskResult that shares nothing that can be changed."""
-    return _new_result(zip(_FIELDS, map(_own, _get_all(result))))
+    copy = object.__new__(TaskResult)
+    for name in _FIELDS:
+        _set(copy, name, _own(getattr(result, name)))
+    return copy
 
 
 def _own(value):
@@ -618,16 +606,16 @@ def _own(value):
     return value
 
 
-def _json(value, kind, path, name):
+def _json(value, kind, task, name):
     """Return as JSON what a task was given or returned, under this name."""
     try:
         return normalize_json(value)
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else kind
         raise kind(
-            f"{name!r} of task {path} is {type(value)}, not JSON, so perhaps not "
-            f"pickleable: {error}. Right are None, bool, int, float, str, UTF-8 bytes, "
-            "lists and dicts of these; of a model instance pass the primary key"
+            f"{name!r} of task {task.module_path} is {type(value)}, not JSON, so "
+            f"perhaps not pickleable: {error}. Right are None, bool, int, float, str, "
+            "UTF-8 bytes, lists and dicts; of a model instance pass the primary key"
         ) from None
 
 
@@ -639,7 +627,7 @@ def _pack(result):
     """Return a TaskResult as plain data and datetimes, as it leaves this process."""
     packed, task = _values(result), _values(result.task)
     packed |= {"path": result.task.module_path, "run_after": task["run_after"]}
-    packed["errors"] = [*map(_values, result.errors)]
+    packed |= {"errors": [*map(_values, result.errors)]}
     plain = (str, int, float)
     packed["task"] = {k: value for k, value in task.items() if isinstance(value, plain)}
     return packed
@@ -655,7 +643,7 @@ def _unpack(packed):
     values["task"] = replace(_load_task(values.pop("path")), **changed)
     values["status"] = Status(values["status"])
     values["errors"] = [TaskError(**error) for error in values["errors"]]
-    return _new_result(values.items())
+    return _new_result(values)
 
 
 def _load_task(path):
@@ -664,8 +652,7 @@ def _load_task(path):
 
 
 # RESULTS_CACHE holds JSON text: [host, namespace of process ids, pid, packed result].
-_CACHE_KEY = "django_tasks_local.{}.{}"
-_NAMESPACE = "/proc/self/ns/pid"  # On Linux.
+_CACHE_KEY, _NAMESPACE = "django_tasks_local.{}.{}", "/proc/self/ns/pid"
 _HOST = [socket.gethostname(), os.path.exists(_NAMESPACE) and os.readlink(_NAMESPACE)]
 
 
@@ -724,7 +711,7 @@ def _call(task, args, kwargs, result):
     value = task.func(*args, **kwargs)
     if isawaitable(value):
         value = async_to_sync(_await)(value)
-    return _json(value, TypeError, task.module_path, "return value")
+    return _json(value, TypeError, task, "return value")
 
 
 def _clean_connections():
@@ -754,12 +741,12 @@ def _task_error(error):
     kind, text = type(error), ""
     path = f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
     with suppress(BaseException):  # Of the exception's own code, or a loader's.
-        cause, frames = error.__cause__, error.__traceback__
+        frames = error.__traceback__
         while frames and frames.tb_frame.f_globals.get("__name__") in _CALLERS:
             frames = frames.tb_next
         text = "".join(traceback.format_exception(kind, error, frames))
-        if type(cause) is _RemoteTraceback and not _parent:
-            return cause.described
+        if type(error.__cause__) is _RemoteTraceback and not _parent:
+            return error.__cause__.described
     return TaskError(exception_class_path=path, traceback=text or f"{path}\n")
 
 
@@ -812,7 +799,7 @@ class _ProcessWorker(_ThreadWorker):
     sent = 0  # The number of tasks that the child was sent.
 
     def prepare(self):
-        if self in _children and self.site != (_settings_age, _databases()):
+        if self in _children and self.age != _age():
             self.end_child(_PATIENCE)
         if self not in _children:
             self.start_child()
@@ -821,16 +808,17 @@ class _ProcessWorker(_ThreadWorker):
     def start_child(self):
         """Start a process and wait until it is set up."""
         self.sent, self.busy = 0, True  # Busy: the child does not end by itself.
-        self.site = _settings_age, _databases()
+        self.age = _age()
         with _children_lock:
             if _exiting:
                 raise RuntimeError("The process exits: no child process is started")
             context = _multiprocessing_context(self.options["START_METHOD"])
             if _main_file:  # CPython deletes this at exit, but children import it.
                 sys.modules["__main__"].__file__ = _main_file
-            self.pipe, pipe = context.Pipe()
-            alive, self.alive = context.Pipe(duplex=False)  # Nothing is written to it.
-            args = pipe, alive, self.options["INITIALIZER"], *_site(), self.site[1]
+            self.pipe, pipe = socket.socketpair()
+            self.answers = self.pipe.makefile("rb")
+            alive, self.alive = context.Pipe(False)  # Nothing is written to it.
+            args = pipe, alive, self.options["INITIALIZER"], *_site(), self.age[1]
             self.process = context.Process(None, _child_main, _CHILD_NAME, args)
             with pipe, alive:
                 self.process.start()
@@ -847,11 +835,11 @@ class _ProcessWorker(_ThreadWorker):
         run = result.id, task.module_path, result.args, result.kwargs, packed
         message = pickle.dumps(run)
         try:
-            self.pipe.send_bytes(message)
+            self.pipe.sendall(message)
         except OSError:  # It has died while it was free: the task has not begun.
             self.end_child()
             result.worker_ids[:] = [self.prepare()]
-            self.pipe.send_bytes(message)
+            self.pipe.sendall(message)
         self.sent += 1
         return self.receive(self.options["TASK_TIMEOUT"])
 
@@ -860,11 +848,11 @@ class _ProcessWorker(_ThreadWorker):
         Raise TimeoutError after seconds; ChildProcessError if the child dies."""
         self.busy, begun = True, time.monotonic()
         try:
-            while not timeout or self.pipe.poll(begun + timeout - time.monotonic()):
-                message = self.pipe.recv()
+            while not timeout or wait([self.pipe], begun + timeout - time.monotonic()):
+                message = pickle.load(self.answers)
                 if message[0] in ("done", "failed"):
                     break
-                self.pipe.send_bytes(_outcome(_serve, *message))
+                self.pipe.sendall(_outcome(_serve, *message))
             else:
                 raise TimeoutError(f"The child process took over {timeout} seconds")
         except Exception as error:
@@ -880,13 +868,13 @@ class _ProcessWorker(_ThreadWorker):
         return _take(*message)
 
     def tidy(self, last):
-        super().tidy(last)
         last = last or self.sent == self.options["MAX_TASKS_PER_CHILD"]
         if last and self in _children:
             self.end_child(_PATIENCE)
 
     def end_child(self, patience=0):
         """Let the process end itself for some seconds; kill what is left then."""
+        self.answers.close()
         self.pipe.close()
         self.process.join(patience)
         self.kill_child()
@@ -917,8 +905,10 @@ def _multiprocessing_context(method):
     if not os.path.basename(sys.executable or "").startswith("py"):
         found = os.path.join(sys.prefix, "bin", f"python3.{sys.version_info[1]}")
         if not os.path.exists(found):
-            text = f"sys.executable {sys.executable!r} is no Python, nor is {found!r}"
-            raise RuntimeError(f"{text}: set sys.executable to an interpreter")
+            raise RuntimeError(
+                f"sys.executable {sys.executable!r} is no Python, nor is {found!r}: "
+                "set sys.executable to an interpreter"
+            )
         multiprocessing.set_executable(found)
     if "forkserver" in _START_METHODS and method != "spawn":
         from multiprocessing import forkserver  # Windows has none.
@@ -933,9 +923,10 @@ def _multiprocessing_context(method):
     return multiprocessing.get_context("spawn")
 
 
-def _databases():
-    """Return the names of the databases, which a test run changes in place."""
-    return {alias: params["NAME"] for alias, params in connections.settings.items()}
+def _age():
+    """Return what outdates a child. A test run renames databases in place."""
+    names = {alias: params["NAME"] for alias, params in connections.settings.items()}
+    return _settings_age, names
 
 
 def _site():
@@ -954,7 +945,8 @@ class _Parent:
     """In a child: the parent, for the task that runs."""
 
     def __init__(self, pipe):
-        self.pipe, self.lock = pipe, threading.RLock()
+        self.pipe, self.answers = pipe, pipe.makefile("rb")
+        self.lock = threading.RLock()
         self.listens = False  # While a task runs, and no call is under way.
 
     def ask(self, *request):
@@ -964,10 +956,10 @@ class _Parent:
                 raise RuntimeError(_NO_TASK)
             self.listens = False
             try:
-                self.pipe.send(request)
-                answer = self.pipe.recv()
+                self.pipe.sendall(pickle.dumps(request))
+                answer = pickle.load(self.answers)
             except BaseException:  # Cut off by a signal handler, in mid-message.
-                self.pipe.close()
+                self.pipe.shutdown(socket.SHUT_RDWR)
                 raise
             self.listens = True
         return _unpack(_take(*answer))
@@ -984,16 +976,16 @@ def _child_main(pipe, alive, *site):
     global _parent
     _leave_with_parent(alive)
     _parent = _Parent(pipe)
-    pipe.send_bytes(_outcome(_set_up, *site))
+    pipe.sendall(_outcome(_set_up, *site))
     with suppress(EOFError, OSError):
         base = _base_context()
         while True:
-            message = pipe.recv()
+            message = pickle.load(_parent.answers)
             _parent.listens = True
             outcome = base.copy().run(_outcome, _run, *message)
             with _parent.lock:
                 _parent.listens = False
-                pipe.send_bytes(outcome)
+                pipe.sendall(outcome)
     atexit._run_exitfuncs()
 
 
@@ -1138,13 +1130,13 @@ def _after_fork_in_child():
     for child in _children:
         with suppress(OSError):  # Another thread was closing it.
             child.alive.close()
-            child.pipe.close()
+            os.close(child.pipe.detach())  # Its answers may be locked by a thread.
     multiprocessing.process._children.clear()
     for state in _pools, _children, _coroutines:
         state.clear()
     if _parent:
-        _parent.pipe.close()
-        _parent.__init__(_parent.pipe)  # Its lock may be held, and nobody listens.
+        os.close(_parent.pipe.detach())
+        _parent.listens, _parent.lock = False, threading.RLock()
     for event in _EVENTS:
         event.lock = threading.Lock()  # Another thread may have held it,
     for handler in tasks.task_backends, caches:  # and the locks of these.
@@ -1163,8 +1155,9 @@ def _follow_settings(*, setting, **kwargs):
     """Have children replaced, and if TASKS changes close the pools."""
     global _settings_age
     _settings_age += 1
-    for pool in list(_pools.values()) if setting == "TASKS" else ():
-        pool.close("TASKS has changed")
+    if setting == "TASKS":
+        for pool in list(_pools.values()):
+            pool.close("TASKS has changed")
 
 
 setting_changed.connect(_follow_settings)
@@ -1186,16 +1179,16 @@ def _show(task_result, **kwargs):
 def _demonstrate():
     if os.name == "posix":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Be silent if piped into head.
-    names = {"default": "ThreadPoolBackend", "cpu": "ProcessPoolBackend"}
-    params = {alias: {"BACKEND": f"{__name__}.{names[alias]}"} for alias in names}
-    settings.configure(TASKS=params)
+    threads = {"BACKEND": f"{__name__}.ThreadPoolBackend"}
+    processes = {"BACKEND": f"{__name__}.ProcessPoolBackend"}
+    settings.configure(TASKS={"default": threads, "cpu": processes})
     django.setup()
     for event in _EVENTS:
         event.connect(_show)
     parts = ("default", "wait", _demo_wait, 1.0), ("cpu", "sum", _demo_sum, 100_000_000)
     for alias, name, function, value in parts:
-        print(f"{names[alias]}\n  TASK    STATUS")
         task, begun = tasks.task(backend=alias)(function), time.monotonic()
+        print(f"{type(task.get_backend()).__name__}\n  TASK    STATUS")
         for number in range(1, 4):
             task.enqueue(f"{name}-{number}", value)
         task.get_backend().join()
