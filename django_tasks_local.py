@@ -87,9 +87,8 @@ else:
     from django_tasks.utils import normalize_json
 
 TaskResult, Status = tasks.TaskResult, tasks.TaskResultStatus
-DoesNotExist = exceptions.TaskResultDoesNotExist
-_NAMES = vars(exceptions)  # Those of the backport end in Error.
-InvalidTask = _NAMES.get("InvalidTask") or _NAMES["InvalidTaskError"]
+DoesNotExist, _NAMES = exceptions.TaskResultDoesNotExist, vars(exceptions)
+InvalidTask = _NAMES.get("InvalidTask") or _NAMES["InvalidTaskError"]  # The backport.
 InvalidBackend = _NAMES.get("InvalidTaskBackend") or _NAMES["InvalidTaskBackendError"]
 
 __version__ = "2.0.0"
@@ -556,9 +555,9 @@ class _ThreadWorker(threading.Thread):
 
 
 def _politely(lock):
-    """Return a lock for ``with`` when it is most likely free. For workers only. Who
-    queues for it is given it before the GIL, so the next one has to queue, too: from
-    then on each use costs two switches of threads, 30 % of the throughput."""
+    """Return a lock when it is most likely free. Who queues for it gets it before the
+    GIL, so the next one has to queue, too: from then on each use costs two switches
+    of threads, half of the throughput. For workers only."""
     for _ in range(50):
         if lock.acquire(False):
             lock.release()
@@ -725,8 +724,7 @@ def _clean_connections():
                 del connections[connection.alias]
             else:
                 connection.connection.rollback()  # Of a BEGIN that Django has not seen.
-                # The first query of the next task looks whether it still works.
-                connection.health_check_enabled = True
+                connection.health_check_enabled = True  # By the next query.
                 connection.health_check_done = False
         except Exception:
             logger.exception("Connection %r is broken, and dropped", connection.alias)
@@ -816,12 +814,16 @@ class _ProcessWorker(_ThreadWorker):
             if _main_file:  # CPython deletes this at exit, but children import it.
                 sys.modules["__main__"].__file__ = _main_file
             self.pipe, pipe = socket.socketpair()
-            self.answers = self.pipe.makefile("rb")
             alive, self.alive = context.Pipe(False)  # Nothing is written to it.
             args = pipe, alive, self.options["INITIALIZER"], *_site(), self.age[1]
             self.process = context.Process(None, _child_main, _CHILD_NAME, args)
-            with pipe, alive:
-                self.process.start()
+            try:
+                with pipe, alive:
+                    self.process.start()
+            except BaseException:
+                self.pipe.close()
+                raise
+            self.answers = self.pipe.makefile("rb")
             _children.add(self)
         try:
             self.receive(_SET_UP_TIMEOUT)
@@ -830,9 +832,8 @@ class _ProcessWorker(_ThreadWorker):
             raise
 
     def execute(self, result):
-        task = result.task
-        packed = task.takes_context and _pack(result)
-        run = result.id, task.module_path, result.args, result.kwargs, packed
+        packed = result.task.takes_context and _pack(result)
+        run = result.id, result.task.module_path, result.args, result.kwargs, packed
         message = pickle.dumps(run)
         try:
             self.pipe.sendall(message)
@@ -1002,8 +1003,8 @@ def _leave_with_parent(alive):
     """Leave Ctrl-C to the parent. Die with it, at the end of ``alive``: a thread waits
     for that, and on Linux the kernel, too, as a task may hold the GIL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+    if hasattr(os, "setsid"):
+        os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         import fcntl  # Windows has none.
@@ -1043,7 +1044,6 @@ def _set_up(initializer, environ, in_code, changed, databases):
 
 
 # --- Process-wide: state, exit, fork, changed settings --------------------------------
-
 _pools = {}  # By alias. In a child it is empty.
 _children = set()  # Each _ProcessWorker that has one. In a child it is empty.
 _children_lock = threading.RLock()
