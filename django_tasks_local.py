@@ -29,7 +29,7 @@ The way of a task::
 Locks: ``_Pool.lock``, one for each alias, guards its results, queue and workers.
 ``_children_lock`` guards ``_children`` and keeps forks away from the start of a child.
 ``_Parent.lock``, in a child, lets one thread at a time talk to the parent. Under none
-is another one taken, a signal sent or a task called. They are re-entrant: a signal
+is another of them taken, a signal sent or a task called. They are re-entrant: a signal
 handler or ``__del__`` may call stats() and get_result() between any two lines.
 
 Private interfaces: ``threading._register_atexit`` (the exit has to wait before Python
@@ -179,6 +179,7 @@ class _PoolBackend(BaseTaskBackend):
         InvalidTask; TypeError, or for processes ValueError, for arguments that are not
         JSON; TaskQueueFull; RuntimeError at exit, or if no thread can be started."""
         self.validate_task(task)
+        self.check_path(task)
         kind, kwargs = self.argument_error, kwargs or {}
         args = [_json(value, kind, task, name) for name, value in enumerate(args, 1)]
         kwargs = {name: _json(kwargs[name], kind, task, name) for name in kwargs}
@@ -193,6 +194,9 @@ class _PoolBackend(BaseTaskBackend):
             transaction.on_commit(partial(self._submit, _copy(result)), using)
             return result
         return self._submit(result)
+
+    def check_path(self, task):
+        """Raise InvalidTask if no worker would find the function by its path."""
 
     def _submit(self, result):
         _change(result, enqueued_at=now())
@@ -282,21 +286,16 @@ class ProcessPoolBackend(_PoolBackend):
     allowed_options = _OPTIONS | _PROCESS_OPTIONS
     argument_error = ValueError  # What is not JSON may not be pickleable, either.
 
-    def enqueue(self, task, args=(), kwargs=None):
-        _check_path(task.func, task.module_path)
-        return super().enqueue(task, args, kwargs)
-
-
-def _check_path(func, path):
-    """Raise InvalidTask if the path of a task does not lead back to its function."""
-    with suppress(ImportError, AttributeError):
-        is_typed = unwrap(func).__code__.co_filename.startswith("<")
-        if _load_task(path).func is func and not is_typed:
-            return
-    raise InvalidTask(
-        f"Task function {path} cannot be found by a child process: define and decorate "
-        "it under its own name, in a module (not in a shell), at the top level"
-    )
+    def check_path(self, task):
+        with suppress(ImportError, AttributeError):
+            is_typed = unwrap(task.func).__code__.co_filename.startswith("<")
+            if _load_task(task.module_path).func is task.func and not is_typed:
+                return
+        raise InvalidTask(
+            f"Task function {task.module_path} cannot be found by a child process: "
+            "define and decorate it under its own name, in a module (not in a shell), "
+            "at the top level"
+        )
 
 
 # --- 3. The pool of an alias ----------------------------------------------------------
@@ -345,7 +344,7 @@ class _Pool:
                 self.finish(result, worker.execute(result))
         except BaseException as error:
             self.finish(result, error=error)
-        _clean_connections()
+        _clean_connections()  # Of the receivers.
         self.settle(result)
 
     def finish(self, result, value=None, error=None):
@@ -470,8 +469,8 @@ class _Queue:
             self.changed.notify()
 
     def hire(self, more=0):
-        """Start one worker if ``more`` and what is queued exceed the free ones. Not
-        under the lock: the new thread may want it before it counts as started."""
+        """Start one worker if what is queued, or will be, exceeds the free ones. Not
+        under the lock, which code in the new thread (a ``__del__``) may want."""
         with self.pool.lock:
             free = len(self.crew) - len(self.taken)
             wanted = len(self.ready) + bool(self.deferred) + more
@@ -528,7 +527,7 @@ class _ThreadWorker(threading.Thread):
         self.queue, self.crew, self.options = queue, queue.crew, queue.options
 
     def run(self):
-        if hasattr(signal, "pthread_sigmask"):  # Threads of some servers block all.
+        if hasattr(signal, "pthread_sigmask"):  # The fork server inherits the mask.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         try:
             base = _base_context()
@@ -707,10 +706,13 @@ def _call(task, args, kwargs, result):
     """Call a task. What is awaitable is awaited in an event loop of its own."""
     if result:
         args = [tasks.TaskContext(task_result=result), *args]
-    value = task.func(*args, **kwargs)
-    if isawaitable(value):
-        value = async_to_sync(_await)(value)
-    return _json(value, TypeError, task, "return value")
+    try:
+        value = task.func(*args, **kwargs)
+        if isawaitable(value):
+            value = async_to_sync(_await)(value)
+        return _json(value, TypeError, task, "return value")
+    finally:
+        _clean_connections()
 
 
 def _clean_connections():
@@ -724,7 +726,7 @@ def _clean_connections():
                 del connections[connection.alias]
             else:
                 connection.connection.rollback()  # Of a BEGIN that Django has not seen.
-                connection.health_check_enabled = True  # By the next query.
+                connection.health_check_enabled = True  # The next query asks.
                 connection.health_check_done = False
         except Exception:
             logger.exception("Connection %r is broken, and dropped", connection.alias)
@@ -756,8 +758,7 @@ def _task_error(error):
 #   --> "done", packed result   or   "failed", error            the answer to that
 #   <-- "done", value   or   "failed", (TaskError, pickled)     the answer: so it did
 
-_SET_UP_TIMEOUT = 60  # Seconds for a child to start.
-_PATIENCE = 5  # Seconds for a free child to end itself, with its exit hooks.
+_SET_UP_TIMEOUT, _PATIENCE = 60, 5  # Seconds for a child to start, to end itself.
 _CHILD_NAME = "django-tasks-local"
 _main_file = getattr(sys.modules["__main__"], "__file__", None)
 
@@ -814,7 +815,8 @@ class _ProcessWorker(_ThreadWorker):
             if _main_file:  # CPython deletes this at exit, but children import it.
                 sys.modules["__main__"].__file__ = _main_file
             self.pipe, pipe = socket.socketpair()
-            alive, self.alive = context.Pipe(False)  # Nothing is written to it.
+            self.pipe.setblocking(True)  # Whatever socket.setdefaulttimeout() says.
+            alive, self.alive = context.Pipe(False)  # Its end ends the child.
             args = pipe, alive, self.options["INITIALIZER"], *_site(), self.age[1]
             self.process = context.Process(None, _child_main, _CHILD_NAME, args)
             try:
@@ -976,6 +978,7 @@ def _child_main(pipe, alive, *site):
     """Be a child: run what comes in until the parent closes the pipe."""
     global _parent
     _leave_with_parent(alive)
+    pipe.setblocking(True)
     _parent = _Parent(pipe)
     pipe.sendall(_outcome(_set_up, *site))
     with suppress(EOFError, OSError):
@@ -993,10 +996,7 @@ def _child_main(pipe, alive, *site):
 def _run(result_id, path, args, kwargs, packed):
     """Run a task; return what it returns."""
     current_result_id.set(result_id)
-    try:
-        return _call(_load_task(path), args, kwargs, packed and _unpack(packed))
-    finally:
-        _clean_connections()
+    return _call(_load_task(path), args, kwargs, packed and _unpack(packed))
 
 
 def _leave_with_parent(alive):
@@ -1007,11 +1007,11 @@ def _leave_with_parent(alive):
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
-        import fcntl  # Windows has none.
+        from fcntl import F_SETFL, F_SETOWN, F_SETSIG, fcntl  # Windows has none.
 
-        fcntl.fcntl(alive, fcntl.F_SETOWN, -os.getpid())
-        fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC)
+        fcntl(alive, F_SETOWN, -os.getpid())
+        fcntl(alive, F_SETSIG, signal.SIGKILL)
+        fcntl(alive, F_SETFL, os.O_ASYNC)
 
     def watch():
         alive.poll(None)
@@ -1023,11 +1023,11 @@ def _leave_with_parent(alive):
 
 def _set_up(initializer, environ, in_code, changed, databases):
     """Make the child like its parent, and set up Django."""
+    os.environ.clear()
     os.environ.update(environ)
     if in_code and not settings.configured:
         settings.configure()
-        # The module of a task may do so, too, once it is imported.
-        vars(settings)["configure"] = lambda *args, **kwargs: None
+        vars(settings)["configure"] = lambda *args, **kwargs: None  # For task modules.
     if "DJANGO_CONFIGURATION" in environ:
         with suppress(ModuleNotFoundError):
             import_string("configurations.importer.install")()

@@ -551,10 +551,6 @@ def refuse(*args):
     raise RuntimeError("refused")
 
 
-class OwnBaseException(BaseException):
-    pass
-
-
 class TwoArgumentsError(Exception):
     def __init__(self, first, second):
         super().__init__(first)
@@ -569,6 +565,7 @@ class Unprintable(Exception):
 
 
 MODULE = Path(django_tasks_local.__file__)
+OwnBaseException = type("OwnBaseException", (BaseException,), {})
 HOOKS = ("setattr", "getattribute", "str", "reduce")
 REFUSING = [type(f"{h}Error", (Exception,), {f"__{h}__": refuse}) for h in HOOKS]
 PLAIN = [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, RecursionError]
@@ -1178,6 +1175,11 @@ def test_a_task_overrides_whether_a_commit_enqueues_it(use):
 # --- Calls from anywhere --------------------------------------------------------------
 
 
+untraced = pytest.mark.skipif(
+    bool(sys.gettrace()), reason="coverage has a lock and a SIGTERM handler of its own"
+)
+
+
 @contextlib.contextmanager
 def from_signal_handler(call):
     """Call in the main thread, from the handler of a signal every millisecond."""
@@ -1211,7 +1213,7 @@ def from_garbage_collector(call):
         gc.set_threshold(*threshold)
 
 
-@pytest.mark.skipif(bool(sys.gettrace()), reason="coverage's own lock would hang")
+@untraced
 @pytest.mark.parametrize("caller", [from_signal_handler, from_garbage_collector])
 @pytest.mark.parametrize("method", ["stats", "get_result"])
 def test_code_between_any_two_lines_may_call_a_backend(
@@ -1430,6 +1432,16 @@ def test_the_next_task_works_after_the_database_dropped_its_sessions(use, databa
     dropped = finished(write.enqueue(database, "three", "dropped"))
     assert "OperationalError" in errors(dropped)
     assert finished(write.enqueue(database, "four")).errors == []
+
+
+def test_a_connection_that_cannot_be_cleaned_is_dropped(use, kind, caplog):
+    use(MAX_WORKERS=1)
+    hidden = "connections['kept'].connection.close()"  # Django does not notice.
+    source = f"[connections['kept'].ensure_connection(), {hidden}]"
+    assert outcome(evaluate.enqueue(source)) == [None, None]
+    assert outcome(mark_session.enqueue("kept")) is False
+    here = kind == "ThreadPoolBackend"  # A child says it on its own.
+    assert logged(caplog) == ["ERROR Connection 'kept' is broken, and dropped"] * here
 
 
 # --- The reading budget ---------------------------------------------------------------
@@ -1694,6 +1706,15 @@ def test_task_after_the_death_of_an_idle_child_runs_in_another_one(use, signals)
     names = [name for name, of in sent if of.id == result.id]
     assert names == ["enqueued", "started", "finished"]
     assert signals.empty()
+
+
+@processes
+def test_a_call_that_a_signal_handler_cuts_off_costs_that_task_alone(use):
+    use(MAX_WORKERS=1)
+    handler = "signal.signal(signal.SIGALRM, signal.default_int_handler)"
+    source = f"[{handler}, signal.setitimer(0, 0.05), echo.enqueue('x' * 50_000_000)]"
+    assert finished(evaluate.enqueue(source)).status == FAILED
+    assert outcome(echo.enqueue(1)) == [[1], {}]
 
 
 @task
@@ -2039,6 +2060,7 @@ def use_first_child():
 """
 
 
+@untraced
 @pytest.mark.parametrize(
     ("method", "number", "busy"),
     [
