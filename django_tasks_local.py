@@ -27,7 +27,7 @@ The way of a task::
 6. The exit of the process waits for the work, then abandons the rest: ``_shutdown``.
 
 Locks: ``_Pool.lock``, one for each alias, guards its results, queue and workers.
-``_children_lock`` guards ``_children`` and keeps forks away from the start of a child.
+``_children_lock`` keeps forks and the exit away from the start of a child process.
 ``_Parent.lock``, in a child, lets one thread at a time talk to the parent. Under none
 is another of them taken, a signal sent or a task called. They are re-entrant: a signal
 handler or ``__del__`` may call stats() and get_result() between any two lines.
@@ -313,7 +313,7 @@ class _Pool:
 
     def submit(self, backend, result):
         """Keep, announce and queue a result; return a copy. Or leave nothing behind."""
-        mine, queue, task = _copy(result), self.queue, result.task
+        mine, queue = _copy(result), self.queue
         with self.lock:
             limit = backend.options["MAX_PENDING"]
             if limit and len(self.unfinished) - len(queue.taken) >= limit:
@@ -324,10 +324,9 @@ class _Pool:
             queue.hire(1)  # It raises before others are told of the task.
             signals.task_enqueued.send(type(backend), task_result=mine)
             self.publish(result)
-            due = task.run_after.timestamp() if task.run_after else 0
             with self.lock:
                 queue.open(backend)
-                queue.put(result, task.priority, due)
+                queue.put(result)
             queue.hire()  # Others may have come first, or a new crew.
         except BaseException:
             self.settle(result)
@@ -458,9 +457,9 @@ class _Queue:
             self.crew, self.closed = set(), False
             self.changed.notify_all()
 
-    def put(self, result, priority, due):
-        """Queue a result that is due at a time in seconds since the epoch."""
-        entry = (-priority, next(_numbers), result)
+    def put(self, result):
+        due = result.task.run_after.timestamp() if result.task.run_after else 0
+        entry = (-result.task.priority, next(_numbers), result)
         if due > time.time():
             heappush(self.deferred, (due, *entry))
             self.changed.notify_all()  # They may have to wait for less long.
@@ -572,7 +571,8 @@ _KEY, _numbers = os.urandom(64), itertools.count()
 
 def _new_id():
     """Return a UUID, as good as random. ``os.urandom`` would give up the GIL."""
-    x = blake2b(b"%d" % next(_numbers), digest_size=16, key=_KEY).hexdigest()
+    name = f"{os.getpid()} {next(_numbers)}".encode()  # uWSGI forks without our hook.
+    x = blake2b(name, digest_size=16, key=_KEY).hexdigest()
     return f"{x[:8]}-{x[8:12]}-4{x[13:16]}-8{x[17:20]}-{x[20:]}"
 
 
@@ -631,10 +631,9 @@ def _pack(result):
     return packed
 
 
-def _unpack(packed):
+def _unpack(values):
     """Return the TaskResult that was packed. Import the module of its task."""
-    values = dict(packed)
-    for name, value in packed.items():
+    for name, value in list(values.items()):
         if name.endswith(("_at", "_after")) and isinstance(value, str):  # From JSON.
             values[name] = datetime.fromisoformat(value)
     changed = values["task"] | {"run_after": values.pop("run_after")}
@@ -788,7 +787,7 @@ def _take(kind, content):
     try:
         error = pickle.loads(pickled)
     except BaseException:
-        error = RuntimeError(described.traceback.strip().rpartition("\n")[2])
+        error = RuntimeError(described.traceback.splitlines()[-1])
     raise error from cause
 
 
@@ -928,8 +927,7 @@ def _multiprocessing_context(method):
 
 def _age():
     """Return what outdates a child. A test run renames databases in place."""
-    names = {alias: params["NAME"] for alias, params in connections.settings.items()}
-    return _settings_age, names
+    return _settings_age, {a: p["NAME"] for a, p in connections.settings.items()}
 
 
 def _site():
@@ -979,6 +977,7 @@ def _child_main(pipe, alive, *site):
     global _parent
     _leave_with_parent(alive)
     pipe.setblocking(True)
+    pipe.set_inheritable(False)  # Else what a task starts could hide the child's death.
     _parent = _Parent(pipe)
     pipe.sendall(_outcome(_set_up, *site))
     with suppress(EOFError, OSError):
@@ -1135,7 +1134,8 @@ def _after_fork_in_child():
     for state in _pools, _children, _coroutines:
         state.clear()
     if _parent:
-        os.close(_parent.pipe.detach())
+        with suppress(OSError):  # The fork of a fork.
+            os.close(_parent.pipe.detach())
         _parent.listens, _parent.lock = False, threading.RLock()
     for event in _EVENTS:
         event.lock = threading.Lock()  # Another thread may have held it,
@@ -1151,7 +1151,7 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _follow_settings(*, setting, **kwargs):
+def _follow_settings(setting, **kwargs):
     """Have children replaced, and if TASKS changes close the pools."""
     global _settings_age
     _settings_age += 1
