@@ -35,7 +35,7 @@ handler or ``__del__`` may call stats() and get_result() between any two lines.
 Private interfaces: ``threading._register_atexit`` (the exit has to wait before Python
 ends its executors), ``atexit._run_exitfuncs`` (children skip it before Python 3.13),
 ``multiprocessing.process._children`` (a forked copy must not join them) and Django's
-``TaskResult._return_value``. All is in memory: a killed process loses it."""
+``TaskResult._return_value``. All is in memory: SIGKILL, or SIGTERM alone, loses it."""
 
 import asyncio
 import atexit
@@ -448,7 +448,7 @@ class _Queue:
         self.options, self.closed = {"SHUTDOWN_TIMEOUT": 0}, True  # Until it is opened.
 
     def open(self, backend):
-        """Have workers for this backend, once tasks come."""
+        """Have a crew for this backend. That of another one sees this, and leaves."""
         if _exiting:
             raise RuntimeError(f"The process exits, {backend.alias!r} takes no tasks")
         wanted = type(backend), backend.options
@@ -555,7 +555,7 @@ class _ThreadWorker(threading.Thread):
 def _politely(lock):
     """Return a lock when it is most likely free. Who queues for it gets it before the
     GIL, so the next one has to queue, too: from then on each use costs two switches
-    of threads, half of the throughput. For workers only."""
+    of threads, half of the throughput. It may take a while: not for enqueue."""
     for _ in range(50):
         if lock.acquire(False):
             lock.release()
@@ -750,11 +750,11 @@ def _task_error(error):
 
 
 # --- 7. Child processes ---------------------------------------------------------------
-# The messages. A child that is set up sends its first answer, then parent and child:
+# The messages, each a pickle. First a child answers how its set-up went. Then:
 #   --> id, path, args, kwargs, packed result or False          run a task
 #   <-- "_submit", alias, packed result                         while it runs: do this
 #   <-- "get_result", alias, id                                 or this
-#   --> "done", packed result   or   "failed", error            the answer to that
+#   --> "done", packed result   or   "failed", as below         the answer to that
 #   <-- "done", value   or   "failed", (TaskError, pickled)     the answer: so it did
 
 _SET_UP_TIMEOUT, _PATIENCE = 60, 5  # Seconds for a child to start, to end itself.
@@ -805,7 +805,7 @@ class _ProcessWorker(_ThreadWorker):
 
     def start_child(self):
         """Start a process and wait until it is set up."""
-        self.sent, self.busy = 0, True  # Busy: the child does not end by itself.
+        self.sent, self.busy = 0, True  # An exit kills a busy child at once.
         self.age = _age()
         with _children_lock:
             if _exiting:
