@@ -566,6 +566,9 @@ class Unprintable(Exception):
 
 
 MODULE = Path(django_tasks_local.__file__)
+note, loops = contextvars.ContextVar("note"), []
+# Under coverage, which has a plain lock and a SIGTERM handler of its own, these hang.
+untraced = pytest.mark.skipif(bool(sys.gettrace()), reason="not under coverage")
 OwnBaseException = type("OwnBaseException", (BaseException,), {})
 HOOKS = ("setattr", "getattribute", "str", "reduce")
 REFUSING = [type(f"{h}Error", (Exception,), {f"__{h}__": refuse}) for h in HOOKS]
@@ -684,8 +687,7 @@ def test_signals_come_once_each_in_order_in_the_parent(kind, use, connect):
         text = f"{__name__}.{name}: odd" if stands_in else "odd"
         assert type(error).__name__ == ("RuntimeError" if stands_in else name)
         assert str(error) == text
-        lines = str(error.__cause__)
-        assert not in_child or "# The line of the task." in lines
+        assert not in_child or "# The line of the task." in str(error.__cause__)
 
 
 def test_receivers_that_raise_in_a_worker_are_logged_and_harmless(use, connect, caplog):
@@ -748,9 +750,6 @@ async def look(context, *args, **kwargs):
     return [*found, result.args, result.kwargs, list(args), kwargs]
 
 
-loops = []
-
-
 def test_the_context_shows_the_task_as_enqueued(use):
     use({"QUEUES": []}, MAX_WORKERS=1)
     due, slow = timezone.now() - timedelta(hours=1), mark_safe("slow")
@@ -762,9 +761,6 @@ def test_the_context_shows_the_task_as_enqueued(use):
         expected += [look.module_path, due.isoformat(), done.worker_ids, 1, True, None]
         assert outcome(done) == [*expected, *[[1, [2]], {"k": "v"}] * 2]
         assert done.task == task_
-
-
-note = contextvars.ContextVar("note")
 
 
 def test_a_task_starts_in_an_empty_context(use):
@@ -1052,7 +1048,7 @@ def test_a_task_may_not_wait_for_those_of_its_alias(kind, use, connect):
     assert found == [[*refused, "", ""]] * 2, "nor may its receivers"
 
 
-# --- close(), changed settings and options --------------------------------------------
+# --- close(), changed settings and options, ENQUEUE_ON_COMMIT -------------------------
 
 
 def workers():
@@ -1110,9 +1106,8 @@ def test_other_options_hold_at_once_and_lose_nothing(use, gate, signals):
     assert other.get_result(deferred.id).status == READY
 
 
-# --- ENQUEUE_ON_COMMIT ----------------------------------------------------------------
-
-HAS_EXTRA_ARGUMENTS = django.VERSION >= (6, 1) or django.VERSION < (6, 0)
+BACKPORT = django.VERSION < (6, 0)
+HAS_EXTRA_ARGUMENTS = BACKPORT or django.VERSION >= (6, 1)
 extra = pytest.mark.skipif(not HAS_EXTRA_ARGUMENTS, reason="Django 6.0 passes none on")
 
 
@@ -1173,11 +1168,7 @@ def test_a_task_overrides_whether_a_commit_enqueues_it(use):
     connections.close_all()
 
 
-# --- Calls from anywhere --------------------------------------------------------------
-
-
-# Under coverage, which has a plain lock and a SIGTERM handler of its own, these hang.
-untraced = pytest.mark.skipif(bool(sys.gettrace()), reason="not under coverage")
+# --- Calls from signal handlers, from garbage collection, from tasks ------------------
 
 
 @contextlib.contextmanager
@@ -1231,9 +1222,6 @@ def test_code_between_any_two_lines_may_call_a_backend(
             results = [echo.using(run_after=d).enqueue(1) for d in (None, DAY, -DAY)]
             backend.stats()
     assert [outcome(result) for result in results[::2]] == [[[1], {}]] * 2
-
-
-# --- Tasks that enqueue and read results ----------------------------------------------
 
 
 @task
@@ -1344,9 +1332,6 @@ def test_connection_objects_belong_to_the_task(use, module_path, monkeypatch):
         for _ in range(2):
             assert outcome(evaluate.enqueue(source))[::3] == ["nobody", "A"]
     task_backends["default"].close()
-
-
-# --- Databases ------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["default", "kept", "postgres", "postgres_kept"])
@@ -1502,9 +1487,6 @@ def descendants(pid):
             for child in map(int, path.read_text().split()):
                 found |= {child} | descendants(child)
     return found
-
-
-BACKPORT = django.VERSION < (6, 0)
 
 
 def ported(text):
@@ -1676,6 +1658,19 @@ def start(script, source, kind="ProcessPoolBackend", **options):
     return program
 
 
+@pytest.mark.skipif(not BACKPORT, reason="of the backport")
+def test_exceptions_of_the_backport_may_be_named_as_those_of_django(tmp_path):
+    names = ("InvalidTask", "InvalidTaskBackend")
+    rename = "; ".join(f"e.{n} = vars(e).pop('{n}Error')" for n in names)
+    code = (
+        f"import django_tasks.exceptions as e; {rename}; import django_tasks_local as m"
+    )
+    said, _ = run_python(
+        tmp_path, "-c", f"{code}; print(m.InvalidTask is e.InvalidTask)"
+    )
+    assert said == "True\n"
+
+
 @processes
 def test_dead_child_fails_its_own_task_alone(use, gate, signals):
     backend = use(MAX_WORKERS=2)
@@ -1770,6 +1765,23 @@ def test_task_and_its_time_begin_after_set_up_and_receivers(use, connect, tmp_pa
     assert backend.wait_result(result_id, TIMEOUT).return_value == [[1], {}]
 
 
+@slow
+@processes
+def test_large_value_arrives_while_a_thread_of_the_parent_computes(use):
+    use(MAX_WORKERS=1)
+    done, times = threading.Event(), []
+    computer = threading.Thread(target=lambda: all(iter(done.is_set, True)))
+    for number in range(4):
+        if number == 2:
+            computer.start()
+        begun = time.perf_counter()
+        assert len(outcome(evaluate.enqueue("'x' * 20_000_000"))) == 20_000_000
+        times.append(time.perf_counter() - begun)
+    done.set()
+    computer.join()
+    assert min(times[2:]) < 20 * max(times[:2])
+
+
 @task
 def register_hook(path):
     atexit.register(Path(path).touch)
@@ -1803,7 +1815,7 @@ def test_children_ignore_ctrl_c_and_end_by_sigterm(use, gate, signals):
     assert wait_gone(pid)
 
 
-# --- Child processes: how they are set up ---------------------------------------------
+# --- Child processes: how they are set up and started ---------------------------------
 
 BROKEN = """
 import os
@@ -1994,8 +2006,6 @@ def test_children_use_the_databases_that_a_test_run_renames(use, monkeypatch):
     monkeypatch.setitem(default, "NAME", "renamed twice")
     assert outcome(evaluate.enqueue(source)) == "renamed twice"
 
-
-# --- Child processes: how they are started --------------------------------------------
 
 TWO_CHILDREN = f"""{MAIN}
     for word in ("one", "two"):
@@ -2428,7 +2438,7 @@ def test_nothing_holds_up_an_exit_that_gives_up(script, kind, workers, source, w
     assert program.code == 0
 
 
-# --- Servers --------------------------------------------------------------------------
+# --- Servers, stress ------------------------------------------------------------------
 
 SITE = f"""
 import asyncio
@@ -2566,11 +2576,6 @@ def test_runserver_reloads_with_a_used_pool(script, gate, port, kind):
     end_server(program, gate, "", signal.SIGINT)
 
 
-# --- Stress: bounded in time, repeatable by its seed ----------------------------------
-
-FAILING = {ThreadPoolBackend: "int('x')", ProcessPoolBackend: "os.abort()"}
-
-
 def act(own, both, results):
     """Do what chance tells; put results into the queues of what becomes of them."""
     choice, backend, other = own.random(), own.choice(both), own.choice(both)
@@ -2578,8 +2583,8 @@ def act(own, both, results):
     if choice < 0.01:
         backend.close()
     elif choice < 0.02:
-        failing = evaluate.using(**options).enqueue(FAILING[type(backend)])
-        results[FAILED].put(failing)
+        failing = "int('x')" if type(backend) is ThreadPoolBackend else "os.abort()"
+        results[FAILED].put(evaluate.using(**options).enqueue(failing))
     elif choice < 0.1:
         source = "echo.using(backend=args[0]).enqueue(args[1]).id"
         first = evaluate.using(**options).enqueue(source, other.alias, choice)
@@ -2616,6 +2621,7 @@ def test_stress_tasks_that_enqueue_dying_children_and_close(both):
 # --- RESULTS_CACHE: results for other processes ---------------------------------------
 
 CHECKOUT = Path(__file__).parent
+only_text = pytest.mark.parametrize("cache", ["text"], indirect=True)
 
 
 class TextCache(BaseCache):
@@ -2642,9 +2648,6 @@ def cache(request):
     known = {**settings.CACHES, "text": text, "redis": REDIS_CACHE}
     with override_settings(CACHES=known):
         yield request.param
-
-
-only_text = pytest.mark.parametrize("cache", ["text"], indirect=True)
 
 
 def as_text(result):
@@ -3110,9 +3113,6 @@ def test_the_readme_lists_the_log_messages_and_the_version_that_there_are():
             written.add((levels[call[1]], re.sub("%[rs]", "…", message)))
     rows = table_with("WARNING")
     assert {(level, message.strip("`")) for level, message, _ in rows} == written
-
-
-# --- Servers
 
 
 def serve(server, project, *command):
