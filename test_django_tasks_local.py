@@ -1498,7 +1498,6 @@ HEAD = """
 import atexit, contextlib, fcntl, json, os, signal, socket, sys, threading, time
 import django
 from django.conf import settings
-
 if not settings.configured:
     settings.configure(TASKS=json.loads(os.environ["SCRIPT_TASKS"]), SECRET_KEY="x",
                        ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], MIDDLEWARE=[])
@@ -1508,34 +1507,25 @@ from django.tasks import task, task_backends
 from django.tasks.exceptions import TaskResultDoesNotExist
 from django.tasks.signals import task_finished, task_started
 from django.urls import path
-
 if __name__ == "__main__":  # What a shell starts in the background ignores Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-
 @task
 def identify():
     return os.getpid()
-
 @task
 def echo(value):
     return value
-
 @task
 def note(word):
     say("ran", word)
-
 REACHED = os.environ.get("SCRIPT_GATE", "") + ".reached"
-
 def reach():
     open(REACHED, "w").close()
-
 def wait_until_reached():
     while not os.path.exists(REACHED):
         threading.Event().wait(0.01)
-
 @task
 def wait(word="waited"):
     say("waits", os.getpid())
@@ -1544,7 +1534,6 @@ def wait(word="waited"):
         fcntl.flock(file, fcntl.LOCK_SH)
     say("ran", word)
     return word
-
 def finish(result):
     return task_backends[result.backend].wait_result(result.id, 30)
 """
@@ -1832,6 +1821,29 @@ def initialize():
 if os.environ.get("DJANGO_SETTINGS_MODULE"):
     initialize()
 """
+
+
+def start_tracker():
+    """Be an INITIALIZER: have the client of an error tracker note its events."""
+    import sentry_sdk
+
+    def note_event(event, hint):
+        Path(DIRECTORY, "events").write_text(event["logentry"]["message"])
+
+    sentry_sdk.init("http://key@127.0.0.1/1", before_send=note_event)
+
+
+@processes
+def test_an_error_tracker_hears_of_a_child_and_of_its_errors(use, connect):
+    capture, found = pytest.importorskip("sentry_sdk").utils.event_from_exception, []
+    use(MAX_WORKERS=1, INITIALIZER=f"{__name__}.start_tracker")
+    assert outcome(evaluate.enqueue("logging.error('Help')")) is None
+    assert Path(DIRECTORY, "events").read_text() == "Help"
+    connect(lambda **kwargs: found.append(capture(sys.exc_info())), task_finished)
+    finished(raise_odd.enqueue("OSError"))
+    cause, error = found[0][0]["exception"]["values"]
+    assert (error["type"], error["value"]) == ("OSError", "odd")
+    assert "# The line of the task." in cause["value"]
 
 
 def count_open(backend):
@@ -2251,17 +2263,14 @@ def compute():
     from concurrent.futures import ProcessPoolExecutor
     with ProcessPoolExecutor(1) as executor:
         return executor.submit(pow, 2, 10).result()
-
 @task
 async def work():
     from asgiref.sync import sync_to_async
     say("ran", await sync_to_async(compute)())
     await note.using(backend="other").aenqueue("late")
-
 def receive(task_result, **kwargs):
     errors = [error.traceback.splitlines()[-1] for error in task_result.errors]
     say("finished", names.get(task_result.id), task_result.status, *errors)
-
 names = {{}}
 {MAIN}
     from datetime import timedelta
@@ -2380,7 +2389,6 @@ def test_second_ctrl_c_or_a_supervisor_gives_up_waiting_at_once(script, kind, se
 
 GIVES_UP = f"""
 import asyncio, logging
-
 @task
 async def hang():
     reach()
@@ -2388,19 +2396,15 @@ async def hang():
         await asyncio.Event().wait()
     finally:
         say("cleaned up")
-
 def never_return(**kwargs):
     reach()
     threading.Event().wait()
-
 def join(**kwargs):
     try:
         task_backends["default"].join()
     except RuntimeError as error:
         say("refused", error)
-
 logger = logging.getLogger("django_tasks_local")
-
 class Interrupt(logging.Handler):
     def emit(self, record):
         if "FAILED" in record.msg:
@@ -2444,15 +2448,12 @@ SITE = f"""
 import asyncio
 from django.core.asgi import get_asgi_application
 from django.core.wsgi import get_wsgi_application
-
 def run(request, word):
     result = wait.enqueue() if word == "begin" else finish(identify.enqueue())
     pid = result.return_value if result.is_finished else None
     return JsonResponse({{"web": os.getpid(), "pid": pid}})
-
 urlpatterns = [path("<word>", run)]
 application, django_asgi = get_wsgi_application(), get_asgi_application()
-
 async def asgi(scope, receive, send):
     if scope["type"] != "lifespan":
         return await django_asgi(scope, receive, send)
@@ -2462,7 +2463,6 @@ async def asgi(scope, receive, send):
             say("ends")
             await asyncio.to_thread(task_backends["default"].close)
         await send({{"type": f"lifespan.{{event}}.complete"}})
-
 if "gunicorn" in sys.modules and "--preload" in sys.argv:
     say("preloaded", finish(identify.enqueue()).return_value)
 {MAIN}
