@@ -787,7 +787,7 @@ def _take(kind, content):
     try:
         error = pickle.loads(pickled)
     except BaseException:
-        error = RuntimeError(described.traceback.splitlines()[-1])
+        error = RuntimeError(described.traceback.strip().rpartition("\n")[2])
     raise error from cause
 
 
