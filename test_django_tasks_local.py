@@ -2375,7 +2375,7 @@ def test_exit_fails_what_is_left_when_its_time_is_up(script, kind, timeout):
 @threads_first
 @pytest.mark.parametrize("second", [signal.SIGINT, rarely(signal.SIGABRT)])
 def test_second_ctrl_c_or_a_supervisor_gives_up_waiting_at_once(script, kind, second):
-    source = EXIT.replace("sys.exit(3)", "say('up'), time.sleep(99)")
+    source = EXIT.replace("sys.exit(3)", "say('up'), signal.pause()")
     program, ids = start_exit(script, kind, source)
     program.line("up")
     os.killpg(program.process.pid, signal.SIGINT)
@@ -2484,15 +2484,15 @@ def port():
 
 def get(port, word="run"):
     """Ask a server; while it is not up yet, ask again."""
-    end = time.monotonic() + TIMEOUT
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{word}") as response:
-                return json.load(response)
-        except OSError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.02)
+    url, answers = f"http://127.0.0.1:{port}/{word}", []
+
+    def has_answered():
+        with contextlib.suppress(OSError), urllib.request.urlopen(url) as response:
+            answers.append(json.load(response))
+        return answers
+
+    wait_until(has_answered)
+    return answers[0]
 
 
 def end_server(program, gate, words, number=signal.SIGTERM):
